@@ -1,0 +1,49 @@
+"""The errors that a user can mend: each names the thing, what is wrong with it, and the remedy."""
+
+from __future__ import annotations
+
+
+class CosmicError(Exception):
+    """Base of every error that is the user's to mend; `cosmic-ray` prints it without a traceback and exits 1."""
+
+    exit_code = 1
+
+
+class JobError(CosmicError):
+    """A job that must not start: an unknown or ill-typed key, a missing input, too few resources. Exits 2."""
+
+    exit_code = 2
+
+    def __init__(self, key: str, value: object, problem: str, remedy: str = ""):
+        self.key, self.value, self.problem, self.remedy = key, value, problem, remedy
+        shown = "" if value is _ABSENT else f" = {value!r}"
+        super().__init__(f"{key}{shown}: {problem}" + (f" ({remedy})" if remedy else ""))
+
+
+class JobErrors(JobError):
+    """Several `JobError`s found at once, one a line."""
+
+    def __init__(self, errors: list[JobError]):
+        self.errors = errors
+        Exception.__init__(self, "\n".join(str(error) for error in errors))
+
+
+class DataError(CosmicError):
+    """Stored data that cannot be trusted or read: names the URI and what is wrong."""
+
+    def __init__(self, uri: str, problem: str, remedy: str = ""):
+        self.uri, self.problem, self.remedy = uri, problem, remedy
+        super().__init__(f"{uri}: {problem}" + (f" ({remedy})" if remedy else ""))
+
+
+class FencedError(CosmicError):
+    """Another live run holds this output."""
+
+
+class _Absent:
+    def __repr__(self) -> str:
+        return "absent"
+
+
+_ABSENT = _Absent()
+ABSENT: object = _ABSENT
