@@ -1,4 +1,4 @@
-"""What all jobs share: the typed base, YAML, dotted overrides, and errors that name the key and the nearest valid name."""
+"""What all jobs share: the typed base, YAML, dotted overrides, errors that name the key and the nearest valid name."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class Config(BaseModel):
 
 
 class Job(Config):
-    """One job: a YAML file with `kind:`. Its schema lives beside the code that runs it; heavy imports stay inside `run`."""
+    """One job: a YAML file with `kind:`. Its schema lives beside its code; heavy imports stay inside `run`."""
 
     kind: ClassVar[str]
 
     out: str
-    """Where the results go: a folder, or a URI (`s3://bucket/prefix`). The same job run again on it resumes or finds it done."""
+    """Where the results go: a folder or `s3://bucket/prefix`. The same job run again on it resumes, or finds it done."""
 
     def check(self) -> None:
         """Look at the world before anything starts: inputs exist, resources suffice.
