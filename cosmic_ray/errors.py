@@ -36,6 +36,10 @@ class DataError(CosmicError):
         super().__init__(f"{uri}: {problem}" + (f" ({remedy})" if remedy else ""))
 
 
+class NotFoundError(DataError):
+    """Nothing is stored at this URI."""
+
+
 class FencedError(CosmicError):
     """Another live run holds this output."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 import threading
 import time
@@ -16,7 +15,7 @@ import psutil
 
 from cosmic_ray import storage
 from cosmic_ray.config import Job
-from cosmic_ray.errors import DataError, FencedError, JobError
+from cosmic_ray.errors import DataError, FencedError, JobError, NotFoundError
 
 MANIFEST = "manifest.json"
 _JOB, _LEASE = "job.json", "_lease.json"
@@ -24,7 +23,7 @@ _BEAT_S, _SILENT_S = 5.0, 20.0
 
 
 class Output:
-    """A claimed output folder. Data without a manifest does not exist to readers; a killed run leaves data to resume from."""
+    """A claimed output folder: data without a manifest does not exist; a killed run leaves data to resume from."""
 
     def __init__(self, uri: str, lease: _Lease):
         self.uri = uri
@@ -96,12 +95,9 @@ def read_manifest(uri: str) -> dict[str, Any]:
     """
     try:
         return storage.read_json(storage.join(uri, MANIFEST))
-    except DataError as error:
-        if error.problem == "not found":
-            raise DataError(
-                uri, "nothing is published here (no manifest.json)", "did the job that makes it end?"
-            ) from None
-        raise
+    except NotFoundError:
+        problem = f"nothing is published here: no {MANIFEST}"
+        raise NotFoundError(uri, problem, "did the job that makes it end?") from None
 
 
 def encode(value: Any) -> bytes:
@@ -112,10 +108,8 @@ def encode(value: Any) -> bytes:
 def _require_same_job(uri: str, job: Job) -> None:
     try:
         record = storage.read_json(storage.join(uri, _JOB))
-    except DataError as error:
-        if error.problem == "not found":
-            return
-        raise
+    except NotFoundError:
+        return
     if record["fingerprint"] == job.fingerprint():
         return
     then, now = record["job"], job.resolved()
@@ -167,11 +161,10 @@ class _Lease:
                     self._lost = True
                     return
                 storage.write_bytes(self._uri, self._record(count))
-            except DataError as error:
-                if error.problem == "not found":
-                    self._lost = True
-                    return
-            except OSError:
+            except NotFoundError:
+                self._lost = True
+                return
+            except (OSError, DataError):
                 continue
 
     def _record(self, beat: int) -> bytes:
@@ -181,7 +174,7 @@ class _Lease:
         )
 
     def _evict_if_dead(self) -> None:
-        """Remove the lease of a dead owner; on another host, dead means silent for `_SILENT_S` by this machine's clock."""
+        """Remove a dead owner's lease; on another host, dead means silent for `_SILENT_S` by this clock."""
         held = self._read()
         if held is None:
             return
@@ -201,15 +194,13 @@ class _Lease:
     def _read(self) -> dict[str, Any] | None:
         try:
             return storage.read_json(self._uri)
-        except DataError:
+        except NotFoundError:
             return None
 
 
 def _alive(pid: int, born: float) -> bool:
     try:
         process = psutil.Process(pid)
-        return (
-            abs(process.create_time() - born) < 2.0 and process.status() != psutil.STATUS_ZOMBIE and pid != os.getpid()
-        )
+        return abs(process.create_time() - born) < 2.0 and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False

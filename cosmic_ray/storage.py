@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from cosmic_ray.errors import DataError, JobError
+from cosmic_ray.errors import DataError, JobError, NotFoundError
 
 ANONYMOUS = "s3://anonymous@"
 RETRY_DEADLINE_S = 120.0
@@ -248,7 +248,7 @@ def _retried(uri: str, call: Callable[[], T]) -> T:
         except FileExistsError:
             raise
         except FileNotFoundError:
-            raise DataError(uri, "not found") from None
+            raise NotFoundError(uri, "not found") from None
         except PermissionError as error:
             raise DataError(uri, f"access refused: {error}", "check the credentials and the bucket's policy") from None
         except Exception as error:
