@@ -1,0 +1,101 @@
+"""Hand a job file to a Ray cluster through Ray Jobs, follow its log, bring back its exit code."""
+
+from __future__ import annotations
+
+import asyncio
+import shlex
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cosmic_ray.config import Job
+from cosmic_ray.errors import CosmicError, JobError
+from cosmic_ray.progress import say
+
+JOB_FILE = "job.yaml"
+
+
+def entrypoint() -> str:
+    """The command that runs a job file on the head node, where `cosmic_ray` is installed."""
+    return f"cosmic-ray run {shlex.quote(JOB_FILE)}"
+
+
+def submit(job: Job, address: str) -> str:
+    """Send the resolved job to the cluster at `address` and return the submission id at once.
+
+    Only the job file travels: the cluster's nodes hold `cosmic_ray` themselves (see `cluster/`), and data has URIs.
+
+    Raises:
+        JobError: where no cluster answers at `address`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, JOB_FILE).write_text(yaml.safe_dump(job.resolved(), sort_keys=False))
+        client = _client(address)
+        return client.submit_job(
+            entrypoint=entrypoint(),
+            runtime_env={"working_dir": folder},
+            metadata={"kind": job.kind, "out": job.out},
+        )
+
+
+def follow(address: str, submission: str) -> int:
+    """Print the job's log until it ends.
+
+    Returns:
+        0 where it succeeded, 130 where it was stopped, else the job's own exit code (1 where Ray does not know it).
+    """
+    client = _client(address)
+    asyncio.run(_tail(client, submission))
+    about = client.get_job_info(submission)
+    status = str(about.status.value)
+    if status == "SUCCEEDED":
+        return 0
+    say(f"{submission}: {status.lower()}: {about.message or 'no message'}")
+    return 130 if status == "STOPPED" else int(about.driver_exit_code or 1)
+
+
+def status(address: str, submission: str | None = None) -> list[dict[str, Any]]:
+    """What the cluster knows of one submission, or of all, newest first.
+
+    Raises:
+        CosmicError: for an unknown submission.
+    """
+    client = _client(address)
+    known = sorted(client.list_jobs(), key=lambda about: about.start_time or 0, reverse=True)
+    found = [about for about in known if submission in (None, about.submission_id)]
+    if submission and not found:
+        raise CosmicError(f"{submission}: the cluster at {address} does not know this submission")
+    return [
+        {
+            "submission": about.submission_id,
+            "status": str(about.status.value),
+            "entrypoint": about.entrypoint,
+            "metadata": about.metadata,
+            "message": about.message,
+        }
+        for about in found
+    ]
+
+
+def stop(address: str, submission: str) -> None:
+    """Ask a running submission to stop; it gets a SIGTERM, on which a training job saves before it ends."""
+    _client(address).stop_job(submission)
+
+
+async def _tail(client: Any, submission: str) -> None:
+    async for lines in client.tail_job_logs(submission):
+        sys.stdout.write(lines)
+        sys.stdout.flush()
+
+
+def _client(address: str) -> Any:
+    from ray.job_submission import JobSubmissionClient
+
+    try:
+        return JobSubmissionClient(address)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        remedy = "give the head's dashboard, http://HEAD:8265, reachable from here"
+        raise JobError("--address", address, f"no Ray cluster answers: {error}", remedy) from None
