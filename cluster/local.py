@@ -1,14 +1,17 @@
 """A real Ray cluster of several nodes on this one machine, to try `cosmic-ray submit` on; Ctrl-C ends it.
 
-    python cluster/local.py --nodes 3 --cpus 2
-    cosmic-ray submit jobs/quickstart.yaml out=$PWD/runs/submitted --address http://127.0.0.1:8265
+python cluster/local.py --nodes 3 --cpus 2
+cosmic-ray submit jobs/quickstart.yaml out=$PWD/runs/submitted --address http://127.0.0.1:8265
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import signal
+import sys
 import threading
+from pathlib import Path
 
 from ray.cluster_utils import Cluster
 
@@ -22,6 +25,8 @@ def main() -> None:
     parser.add_argument("--dashboard-port", type=int, default=8265, help="where jobs are submitted")
     given = parser.parse_args()
 
+    # Submitted jobs start `cosmic-ray` by name, and this environment may not be activated.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     node = {"num_cpus": given.cpus, "object_store_memory": given.store_mb * 2**20}
     dashboard = {"include_dashboard": True, "dashboard_port": given.dashboard_port}
     cluster = Cluster(initialize_head=True, head_node_args={**node, **dashboard})

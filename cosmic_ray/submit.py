@@ -53,7 +53,8 @@ def follow(address: str, submission: str) -> int:
     status = str(about.status.value)
     if status == "SUCCEEDED":
         return 0
-    say(f"{submission}: {status.lower()}: {about.message or 'no message'}")
+    reason = (about.message or "no message").splitlines()[0]
+    say(f"{submission}: {status.lower()}: {reason}")
     return 130 if status == "STOPPED" else int(about.driver_exit_code or 1)
 
 
