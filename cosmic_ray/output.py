@@ -100,9 +100,19 @@ def read_manifest(uri: str) -> dict[str, Any]:
         raise NotFoundError(uri, problem, "did the job that makes it end?") from None
 
 
-def encode(value: Any) -> bytes:
-    """Canonical JSON: sorted keys, so that equal content is equal bytes."""
-    return (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+def encode(value: dict[str, Any]) -> bytes:
+    """JSON with sorted keys, so that equal content is equal bytes: one top-level key a line, each value compact."""
+    lines = [f"{json.dumps(key)}: {canonical(value[key]).decode()}" for key in sorted(value)]
+    return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
+
+
+def canonical(value: Any) -> bytes:
+    """The one compact JSON text of a value; digests of JSON are taken of this.
+
+    Raises:
+        ValueError: for NaN and infinity, which JSON does not have.
+    """
+    return json.dumps(value, separators=(",", ":"), sort_keys=True, allow_nan=False).encode()
 
 
 def _require_same_job(uri: str, job: Job) -> None:

@@ -1,0 +1,1 @@
+"""What lies on disk: crop stores and splits; schema, manifest, writer, reader."""

@@ -1,0 +1,214 @@
+"""Open a crop store and read it, by row group, batch or row number; every byte is checked against the manifest."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+
+from cosmic_ray import storage
+from cosmic_ray.errors import DataError, NotFoundError
+from cosmic_ray.output import MANIFEST, read_manifest
+from cosmic_ray.stores import manifest as form
+from cosmic_ray.stores.columns import images, table_schema
+from cosmic_ray.stores.manifest import CropManifest, CropSpec, RowGroup
+from cosmic_ray.stores.rangefile import RangeFile
+
+_FOOTERS_KEPT = 256
+_METADATA_THREADS = 16
+
+
+class CropStore:
+    """A published crop store. Rows are numbered 0..len-1 in stored order, row groups 0..G-1."""
+
+    def __init__(self, uri: str, manifest: CropManifest):
+        self.uri = uri
+        self.manifest = manifest
+        self._footers: OrderedDict[str, pq.FileMetaData] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @classmethod
+    def open(cls, uri: str) -> CropStore:
+        """Open the store at `uri`: reads and checks its manifest, nothing else.
+
+        Raises:
+            DataError: where there is no store, its version is unknown, or the manifest does not match its digests.
+        """
+        uri = storage.absolute(uri)
+        return cls(uri, form.parse_manifest(storage.join(uri, MANIFEST), read_manifest(uri)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return CropStore.open, (self.uri,)
+
+    def __len__(self) -> int:
+        return self.manifest.rows
+
+    def __repr__(self) -> str:
+        return (
+            f"CropStore({self.uri!r}: {len(self):,} crops of {self.spec.shape} in {len(self.row_groups):,} row groups)"
+        )
+
+    @property
+    def spec(self) -> CropSpec:
+        """Channels, height, width, dtype."""
+        return self.manifest.spec
+
+    @property
+    def content_hash(self) -> str:
+        """sha256 of the content alone."""
+        return self.manifest.content_hash
+
+    @property
+    def simulated(self) -> bool:
+        """Whether any crop comes from the simulator."""
+        return self.manifest.simulated
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of all columns, `image` last."""
+        return list(form.columns(self.manifest.extra_columns))
+
+    @functools.cached_property
+    def row_groups(self) -> list[RowGroup]:
+        """Every row group in order."""
+        found: list[RowGroup] = []
+        for shard in self.manifest.shards:
+            uri = storage.join(self.uri, form.SHARDS, shard.name)
+            for within, g in enumerate(shard.row_groups):
+                group = RowGroup(
+                    len(found), uri, g.offset, g.nbytes, g.rows, g.digest, g.meta_nbytes, g.meta_digest, within
+                )
+                found.append(group)
+        return found
+
+    @functools.cached_property
+    def rows_per_group(self) -> np.ndarray:
+        """Rows of each row group: int64 (G,)."""
+        return np.array([group.rows for group in self.row_groups], np.int64)
+
+    @functools.cached_property
+    def group_starts(self) -> np.ndarray:
+        """The first row of each row group, and at the end the number of rows: int64 (G + 1,)."""
+        return np.concatenate([[0], np.cumsum(self.rows_per_group)])
+
+    def read_row_group(self, index: int, columns: Sequence[str] | None = None) -> pa.Table:
+        """Row group `index` with `columns` (all by default), its stored bytes checked first.
+
+        Without `image` only the metadata is fetched.
+
+        Raises:
+            DataError: naming the shard, where it is missing, truncated, or its bytes do not match the manifest.
+            KeyError: for a column that the store does not have.
+        """
+        group = self.row_groups[index]
+        wanted = self._known(columns)
+        with_images = "image" in wanted
+        nbytes, digest = (group.nbytes, group.digest) if with_images else (group.meta_nbytes, group.meta_digest)
+        footer = self._footer(group)
+        data = storage.read_range(group.shard, group.offset, nbytes)
+        if xxhash.xxh3_128_hexdigest(data) != digest:
+            raise _damaged(group, "its bytes do not match the manifest's digest")
+        try:
+            file = pq.ParquetFile(RangeFile(data, group.offset).arrow(), metadata=footer)
+            return file.read_row_group(group.within, columns=wanted, use_threads=False).select(wanted)
+        except (pa.ArrowException, OSError) as error:
+            raise _damaged(group, f"does not decode: {error}") from error
+
+    def metadata(self, columns: Sequence[str]) -> pa.Table:
+        """`columns` (none of them `image`) of all rows; only the bytes of the metadata columns are fetched.
+
+        Raises:
+            DataError: as `read_row_group`.
+        """
+        wanted = self._known(columns)
+        if "image" in wanted:
+            raise KeyError("image: metadata() never reads images; use batches() or crops()")
+        with ThreadPoolExecutor(_METADATA_THREADS) as pool:
+            parts = list(pool.map(lambda g: self.read_row_group(g, wanted), range(len(self.row_groups))))
+        return pa.concat_tables(parts).combine_chunks()
+
+    def batches(self, size: int, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        """All rows in stored order, `size` at a time; the last batch may be shorter."""
+        held: list[pa.Table] = []
+        count = 0
+        for index in range(len(self.row_groups)):
+            held.append(self.read_row_group(index, columns))
+            count += len(held[-1])
+            if count >= size:
+                rows = pa.concat_tables(held)
+                for start in range(0, count - size + 1, size):
+                    yield rows.slice(start, size)
+                rest = count % size
+                held, count = ([rows.slice(count - rest)] if rest else []), rest
+        if count:
+            yield pa.concat_tables(held)
+
+    def crops(self, rows: np.ndarray) -> np.ndarray:
+        """The images of row numbers `rows`, in that order: uint8 (N, C, H, W).
+
+        Raises:
+            IndexError: for a row that the store does not have.
+        """
+        rows = np.asarray(rows, np.int64)
+        if len(rows) and not (rows.min() >= 0 and rows.max() < len(self)):
+            raise IndexError(f"rows {rows.min()}..{rows.max()} of a store with {len(self)}")
+        found = np.empty((len(rows), *self.spec.shape), np.uint8)
+        groups = np.searchsorted(self.group_starts, rows, side="right") - 1
+        for group in np.unique(groups):
+            here = np.flatnonzero(groups == group)
+            stored = images(self.read_row_group(int(group), ["image"]), self.spec)
+            found[here] = stored[rows[here] - self.group_starts[group]]
+        return found
+
+    def _known(self, columns: Sequence[str] | None) -> list[str]:
+        if columns is None:
+            return self.columns
+        if unknown := [name for name in columns if name not in self.columns]:
+            raise KeyError(f"{self.uri} has no column {', '.join(unknown)}; it has {', '.join(self.columns)}")
+        return list(columns)
+
+    def _footer(self, group: RowGroup) -> pq.FileMetaData:
+        with self._lock:
+            if group.shard in self._footers:
+                self._footers.move_to_end(group.shard)
+                return self._footers[group.shard]
+        footer = self._read_footer(group)
+        with self._lock:
+            self._footers[group.shard] = footer
+            while len(self._footers) > _FOOTERS_KEPT:
+                self._footers.popitem(last=False)
+        return footer
+
+    def _read_footer(self, group: RowGroup) -> pq.FileMetaData:
+        shard = self._shards[group.shard]
+        start = shard.nbytes - shard.footer_nbytes
+        try:
+            data = storage.read_range(group.shard, start, shard.footer_nbytes)
+        except NotFoundError:
+            raise DataError(
+                group.shard, "this shard is missing", "the manifest names it: restore it or rebuild"
+            ) from None
+        if xxhash.xxh3_128_hexdigest(data) != shard.footer_digest:
+            raise _damaged(group, "its footer does not match the manifest's digest")
+        footer = pq.read_metadata(pa.BufferReader(b"PAR1" + data))
+        if not footer.schema.to_arrow_schema().equals(table_schema(self.manifest.extra_columns)):
+            raise _damaged(group, "its schema is not the manifest's")
+        return footer
+
+    @functools.cached_property
+    def _shards(self) -> dict[str, form.Shard]:
+        return {storage.join(self.uri, form.SHARDS, shard.name): shard for shard in self.manifest.shards}
+
+
+def _damaged(group: RowGroup, problem: str) -> DataError:
+    return DataError(
+        group.shard, f"row group {group.within}: {problem}", "the shard was damaged: restore it or rebuild the store"
+    )
