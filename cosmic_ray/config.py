@@ -28,7 +28,7 @@ class Job(Config):
     kind: ClassVar[str]
 
     out: str
-    """Where the results go: a folder or `s3://bucket/prefix`. The same job run again resumes there, or finds it done."""
+    """Where the results go: a folder or `s3://bucket/prefix`. The same job run again resumes, or finds it done."""
 
     def check(self) -> None:
         """Look at the world before anything starts: inputs exist, resources suffice.
