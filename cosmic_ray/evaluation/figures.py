@@ -1,0 +1,114 @@
+"""The report's figures, as SVG or PNG text for one self-contained page."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PALETTE = ("#2a6fbb", "#d1663c", "#3a9a78", "#8a5fb0", "#c2a133", "#c0507f", "#5a7684", "#7f8f2f", "#46a5b8", "#a0522d")
+_INK, _FAINT = "#22303c", "#d9dfe4"
+
+
+def png_uri(data: bytes) -> str:
+    """A PNG as a data URI."""
+    return "data:image/png;base64," + base64.b64encode(data).decode()
+
+
+def curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], title: str, log: bool = False) -> str:
+    """Lines over the step.
+
+    Args:
+        series: name -> (steps, values); a short series gets markers.
+        title: what the vertical axis shows.
+        log: a logarithmic vertical axis.
+    """
+    figure, axes = _figure(4.4, 2.7)
+    for number, (name, (steps, values)) in enumerate(series.items()):
+        marker = "o" if len(steps) < 40 else None
+        axes.plot(steps, values, label=name, color=PALETTE[number % 10], linewidth=1.4, marker=marker, markersize=2.5)
+    if log:
+        axes.set_yscale("log")
+    axes.set_title(title, fontsize=9, loc="left", color=_INK)
+    axes.set_xlabel("step", fontsize=8)
+    if len(series) > 1:
+        axes.legend(fontsize=7, frameon=False)
+    return _svg(figure)
+
+
+def bars(counts: Mapping[str, int], title: str) -> str:
+    """Horizontal bars, one a name, with their counts written beside."""
+    figure, axes = _figure(5.2, 0.7 + 0.26 * max(len(counts), 1))
+    names = list(counts)[::-1]
+    drawn = axes.barh(names, [counts[name] for name in names], color=PALETTE[0], height=0.62)
+    axes.bar_label(drawn, [f"{counts[name]:,}" for name in names], padding=3, fontsize=7, color=_INK)
+    axes.margins(x=0.15)
+    axes.set_title(title, fontsize=9, loc="left", color=_INK)
+    axes.xaxis.set_visible(False)
+    axes.spines["bottom"].set_visible(False)
+    return _svg(figure)
+
+
+def scatter(points: np.ndarray, values: np.ndarray, title: str) -> str:
+    """A map of crops, coloured by a category (strings) or by a number.
+
+    Args:
+        points: float (N, 2).
+        values: (N,) strings or numbers.
+        title: what the colour shows.
+
+    Returns:
+        A PNG data URI: thousands of SVG circles would make the page slow.
+    """
+    figure, axes = _figure(4.2, 3.4)
+    size = float(np.clip(6000 / max(len(points), 1), 1.5, 14))
+    order = np.random.default_rng(0).permutation(len(points))
+    points, values = points[order], np.asarray(values)[order]
+    if values.dtype.kind in "OUS":
+        names, codes = np.unique(values.astype(str), return_inverse=True)
+        axes.scatter(*points.T, c=np.array(PALETTE)[codes % 10], s=size, linewidths=0, alpha=0.8)
+        handles = [axes.scatter([], [], color=PALETTE[i % 10], s=14) for i in range(min(len(names), 12))]
+        axes.legend(handles, names[:12], fontsize=6.5, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    else:
+        low, high = np.nanpercentile(values, [1, 99])
+        drawn = axes.scatter(*points.T, c=values, s=size, linewidths=0, cmap="viridis", vmin=low, vmax=high, alpha=0.8)
+        figure.colorbar(drawn, ax=axes, shrink=0.8).ax.tick_params(labelsize=6)
+    axes.set_title(title, fontsize=9, loc="left", color=_INK)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    return _png(figure)
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots()
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(_FAINT)
+    axes.tick_params(labelsize=7, color=_FAINT, labelcolor=_INK)
+    return figure, axes
+
+
+def _svg(figure: Figure) -> str:
+    import matplotlib
+
+    # The ids and the date in an SVG would otherwise differ from run to run.
+    with io.StringIO() as text, matplotlib.rc_context({"svg.hashsalt": "cosmic_ray", "svg.fonttype": "none"}):
+        figure.savefig(text, format="svg", metadata={"Date": None})
+        drawn = text.getvalue()
+    return drawn[drawn.index("<svg") :]
+
+
+def _png(figure: Figure) -> str:
+    with io.BytesIO() as data:
+        figure.savefig(data, format="png", dpi=130)
+        return png_uri(data.getvalue())
