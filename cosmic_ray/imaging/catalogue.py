@@ -38,6 +38,7 @@ class Entry:
     cell_line: str = ""
     treatment: str = ""
     pixel_size_um: float = float("nan")
+    simulated: bool = False
     reason: str = ""
     """Why it cannot be used, where the catalogue alone shows that."""
     detail: str = ""
@@ -45,18 +46,18 @@ class Entry:
     @property
     def field_uri(self) -> str:
         """URI of the first channel's file."""
-        return self.files[0] if self.files else ""
+        return self.files[0]
 
     @property
-    def key(self) -> tuple[str, str, str, str]:
-        """What tells it from every other field."""
-        return self.source, self.plate, self.well, self.site
+    def name(self) -> str:
+        """What tells it from every other field: what is known of source, plate, well and site."""
+        return "/".join(part for part in (self.source, self.plate, self.well, self.site) if part)
 
 
 def read_catalogue(sources: Mapping[str, Source]) -> list[Entry]:
-    """Every field of every source, sorted by (source, plate, well, site), whatever the order of the catalogue.
+    """Every field of every source, sorted by source, plate, well and site, whatever the order of the catalogue.
 
-    Of fields that share their key or their files, the first in that order stays; the others are kept with the reason
+    Of fields that share all of these, or their files, the first in that order stays; the others get the reason
     "duplicate".
 
     Args:
@@ -73,24 +74,24 @@ def read_catalogue(sources: Mapping[str, Source]) -> list[Entry]:
         if not found:
             raise DataError(source.uri, "the catalogue holds no field")
         entries += found
-    entries.sort(key=lambda entry: (entry.key, entry.files, entry.page))
+    entries.sort(key=lambda e: (e.source, e.plate, e.well, e.site, e.files, e.page))
     _mark_duplicates(entries)
     return entries
 
 
 def _mark_duplicates(entries: Iterable[Entry]) -> None:
-    keys: dict[tuple, str] = {}
+    names: dict[str, str] = {}
     files: dict[tuple, str] = {}
     for entry in entries:
         if entry.reason:
             continue
         holds = (*entry.files, entry.page)
-        twin = keys.get(entry.key) or files.get(holds)
+        twin = names.get(entry.name) or files.get(holds)
         if twin is not None:
-            same = "plate, well and site" if entry.key in keys else "file"
+            same = f"name ({entry.name})" if entry.name in names else "file"
             entry.reason, entry.detail = "duplicate", f"same {same} as {twin}"
             continue
-        keys[entry.key] = files[holds] = entry.field_uri
+        names[entry.name] = files[holds] = entry.field_uri
 
 
 def read_folder(origin: str, source: Source) -> list[Entry]:
@@ -200,7 +201,7 @@ def to_table(entries: Iterable[Entry]) -> pa.Table:
 
     text = [pa.field(name, pa.string()) for name in TEXT_COLUMNS]
     lists = [pa.field(name, pa.list_(pa.string())) for name in ("files", "illumination")]
-    rest = [pa.field("page", pa.int32()), pa.field("pixel_size_um", pa.float64())]
+    rest = [pa.field("page", pa.int32()), pa.field("pixel_size_um", pa.float64()), pa.field("simulated", pa.bool_())]
     plain = [pa.field(name, pa.string()) for name in ("origin", "label_uri", "reason", "detail")]
     return pa.Table.from_pylist([asdict(entry) for entry in entries], pa.schema([*text, *lists, *rest, *plain]))
 

@@ -34,7 +34,7 @@ class Intensity(Config):
 
 
 Line = tuple[np.float32, np.float32]
-"""(scale, offset): raw = offset + scale * stored, for stored >= 1. Scale is at least 0; 0 where all pixels are equal."""
+"""(scale, offset): raw = offset + scale * stored, for stored >= 1. Scale is 0 where all pixels are equal, else more."""
 
 
 def plate_line(pixels: Histogram, settings: Intensity) -> Line:

@@ -13,7 +13,7 @@ from cosmic_ray.config import Config
 TEXT_COLUMNS = ("source", "plate", "well", "site", "cell_line", "treatment")
 """What is known of a field, as text; all of it may be empty."""
 
-TABLE_COLUMNS = (*TEXT_COLUMNS, "field_uri", "label_uri", "pixel_size_um", "page")
+TABLE_COLUMNS = (*TEXT_COLUMNS, "field_uri", "label_uri", "pixel_size_um", "page", "simulated")
 """What a column of a table can say of a field."""
 
 Micrometres = Annotated[float, Field(gt=0)]
@@ -89,7 +89,8 @@ class Source(Config):
 
     columns: dict[str, str] = {}
     """`table` and `cpg`: which column of the table says what; by default those of the same name (`cpg`:
-    `Metadata_Plate`, `Metadata_Well`, `Metadata_Site`)."""
+    `Metadata_Plate`, `Metadata_Well`, `Metadata_Site` and, where they are there, `Metadata_Source`,
+    `Metadata_cell_line`, `Metadata_treatment`, `Metadata_pixel_size_um`, `Metadata_simulated`)."""
 
     root: str | None = None
     """What relative file names are relative to; by default the folder of the table, or `uri`."""

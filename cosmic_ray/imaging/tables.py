@@ -14,6 +14,9 @@ from cosmic_ray.imaging.catalogue import Entry, filled, make_entry, resolved
 from cosmic_ray.imaging.source import TABLE_COLUMNS, Source
 
 CPG_COLUMNS = {"plate": "Metadata_Plate", "well": "Metadata_Well", "site": "Metadata_Site"}
+CPG_MAYBE = {"source": "Metadata_Source"} | {
+    name: f"Metadata_{name}" for name in ("cell_line", "treatment", "pixel_size_um", "simulated")
+}
 Row = dict[str, str]
 
 
@@ -49,10 +52,11 @@ class _Reader:
         self._origin, self._source, self._uri = origin, source, uri
         self._folder = uri.rsplit("/", 1)[0]
         self._names, self.rows = _open(uri)
-        preset = CPG_COLUMNS if source.layout == "cpg" else {}
+        cpg = source.layout == "cpg"
+        preset = CPG_COLUMNS | CPG_MAYBE if cpg else {}
         wanted = {name: name for name in TABLE_COLUMNS} | preset | source.columns
         self._columns = {ours: theirs for ours, theirs in wanted.items() if theirs in self._names}
-        for ours in (*preset, *source.columns):
+        for ours in (*(CPG_COLUMNS if cpg else ()), *source.columns):
             self._require(wanted[ours], f"source.columns.{ours}")
         self._files = [self._file_columns(position) for position in range(len(source.channels))]
         self._illumination = [
@@ -105,6 +109,7 @@ class _Reader:
             if page != int(page):
                 raise self._bad(number, self._columns["page"], row, "a page is a whole number, from 0")
             entry.page = int(page)
+        entry.simulated = known.get("simulated", "").lower() in ("true", "1", "yes")
         if not all(files):
             empty = source.channels[files.index("")].name
             entry.reason, entry.detail = "missing", f"row {number} of {self._uri} names no file for {empty}"
