@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import json
-import socket
-import threading
-import time
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import psutil
-
 from cosmic_ray import storage
 from cosmic_ray.config import Job
 from cosmic_ray.errors import DataError, FencedError, JobError, NotFoundError
+from cosmic_ray.lease import Lease
 
 MANIFEST = "manifest.json"
-_JOB, _LEASE = "job.json", "_lease.json"
-_BEAT_S, _SILENT_S = 5.0, 20.0
+_JOB = "job.json"
 
 
 class Output:
     """A claimed output folder: data without a manifest does not exist; a killed run leaves data to resume from."""
 
-    def __init__(self, uri: str, lease: _Lease):
+    def __init__(self, uri: str, lease: Lease):
         self.uri = uri
         self._lease = lease
 
@@ -47,7 +41,11 @@ class Output:
         return storage.join(self.uri, *parts)
 
     def write(self, name: str, data: bytes) -> None:
-        """Write one object whole, replacing an older one."""
+        """Write one object whole, replacing an older one.
+
+        Raises:
+            FencedError: where another run has taken the claim over.
+        """
         self._lease.require()
         storage.write_bytes(self.at(name), data)
 
@@ -55,9 +53,9 @@ class Output:
         """Publish the folder: from here on it exists.
 
         Raises:
-            FencedError: where the claim was lost or another run has published.
+            FencedError: where another run has taken the claim over, or has published.
         """
-        self._lease.require()
+        self._lease.require(now=True)
         try:
             storage.create_bytes(self.at(MANIFEST), encode(manifest))
         except FileExistsError:
@@ -66,7 +64,7 @@ class Output:
 
 @contextmanager
 def claim(job: Job) -> Iterator[Output]:
-    """Claim `job.out` for this run, alone, until the block ends.
+    """Claim `job.out` for this run, alone, until the block ends; a finished output is only looked at.
 
     The folder remembers which job it belongs to, so that running the same file again resumes it (or finds it done) and
     another job is refused.
@@ -76,10 +74,16 @@ def claim(job: Job) -> Iterator[Output]:
         FencedError: where a live run holds it.
     """
     uri = storage.absolute(job.out)
+    lease = Lease(uri)
+    if storage.exists(storage.join(uri, MANIFEST)):
+        _require_same_job(uri, job)
+        yield Output(uri, lease)
+        return
     _require_same_job(uri, job)
-    lease = _Lease(storage.join(uri, _LEASE))
     lease.acquire()
     try:
+        _require_same_job(uri, job)
+        storage.sweep(uri)
         record = {"fingerprint": job.fingerprint(), "job": job.resolved()}
         storage.write_bytes(storage.join(uri, _JOB), encode(record))
         yield Output(uri, lease)
@@ -91,13 +95,17 @@ def read_manifest(uri: str) -> dict[str, Any]:
     """The manifest of a published folder.
 
     Raises:
-        DataError: where nothing is published at `uri`.
+        DataError: where nothing is published at `uri`, or the manifest is not one JSON object.
     """
+    at = storage.join(uri, MANIFEST)
     try:
-        return storage.read_json(storage.join(uri, MANIFEST))
+        manifest = storage.read_json(at)
     except NotFoundError:
         problem = f"nothing is published here: no {MANIFEST}"
         raise NotFoundError(uri, problem, "did the job that makes it end?") from None
+    if not isinstance(manifest, dict):
+        raise DataError(at, f"not a manifest but a JSON {type(manifest).__name__}")
+    return manifest
 
 
 def encode(value: dict[str, Any]) -> bytes:
@@ -120,9 +128,9 @@ def _require_same_job(uri: str, job: Job) -> None:
         record = storage.read_json(storage.join(uri, _JOB))
     except NotFoundError:
         return
-    if record["fingerprint"] == job.fingerprint():
+    if record.get("fingerprint") == job.fingerprint():
         return
-    then, now = record["job"], job.resolved()
+    then, now = record.get("job", {}), job.resolved()
     changed = sorted(key for key in {*then, *now} - {"out"} - job.incidental if then.get(key) != now.get(key))
     raise JobError(
         "out",
@@ -130,87 +138,3 @@ def _require_same_job(uri: str, job: Job) -> None:
         f"holds another job: it differs in {', '.join(changed)}",
         "choose another out, or delete that folder",
     )
-
-
-class _Lease:
-    """A claim that beats: a dead owner's is taken over, a live one's refuses."""
-
-    def __init__(self, uri: str):
-        self._uri = uri
-        self._token = uuid.uuid4().hex
-        self._stop = threading.Event()
-        self._lost = False
-        self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
-
-    def acquire(self) -> None:
-        while True:
-            try:
-                storage.create_bytes(self._uri, self._record(0))
-                break
-            except FileExistsError:
-                self._evict_if_dead()
-        self._thread.start()
-
-    def release(self) -> None:
-        self._stop.set()
-        self._thread.join()
-        if not self._lost:
-            storage.delete(self._uri)
-
-    def require(self) -> None:
-        """Raise `FencedError` where the claim was lost."""
-        if self._lost:
-            raise FencedError(f"{self._uri}: this run's claim was taken over by another run")
-
-    def _beat(self) -> None:
-        count = 0
-        while not self._stop.wait(_BEAT_S):
-            count += 1
-            try:
-                if storage.read_json(self._uri)["token"] != self._token:
-                    self._lost = True
-                    return
-                storage.write_bytes(self._uri, self._record(count))
-            except NotFoundError:
-                self._lost = True
-                return
-            except (OSError, DataError):
-                continue
-
-    def _record(self, beat: int) -> bytes:
-        me = psutil.Process()
-        return encode(
-            {"token": self._token, "host": socket.gethostname(), "pid": me.pid, "born": me.create_time(), "beat": beat}
-        )
-
-    def _evict_if_dead(self) -> None:
-        """Remove a dead owner's lease; on another host, dead means silent for `_SILENT_S` by this clock."""
-        held = self._read()
-        if held is None:
-            return
-        if held["host"] == socket.gethostname():
-            alive = _alive(held["pid"], held["born"])
-        else:
-            time.sleep(_SILENT_S)
-            alive = self._read() != held
-        if alive:
-            raise FencedError(
-                f"{self._uri.rsplit('/', 1)[0]}: process {held['pid']} on {held['host']} is writing here; "
-                "wait for it to end, or choose another out"
-            )
-        if self._read() == held:
-            storage.delete(self._uri)
-
-    def _read(self) -> dict[str, Any] | None:
-        try:
-            return storage.read_json(self._uri)
-        except NotFoundError:
-            return None
-
-
-def _alive(pid: int, born: float) -> bool:
-    try:
-        process = psutil.Process(pid)
-        return abs(process.create_time() - born) < 2.0 and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False

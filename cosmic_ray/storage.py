@@ -7,36 +7,48 @@ read without credentials as `s3://anonymous@bucket/prefix`, so that one job can 
 from __future__ import annotations
 
 import errno
-import functools
 import json
 import os
-import random
+import re
+import shutil
+import socket
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any
 
+import psutil
+
+from cosmic_ray import s3
 from cosmic_ray.errors import DataError, JobError, NotFoundError
 
-ANONYMOUS = "s3://anonymous@"
-RETRY_DEADLINE_S = 120.0
-T = TypeVar("T")
+_PART = ".part-"
+_STALE_S = 24 * 3600.0
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def is_local(uri: str) -> bool:
-    """Whether `uri` lies on this machine's file systems (a shared mount counts: only its user can know)."""
-    return "://" not in uri or uri.startswith("file://")
+    """Whether `uri` lies on this machine's file systems (a shared mount counts: only its user can know).
+
+    Raises:
+        JobError: for a scheme that is neither a path, `file://` nor `s3://`.
+    """
+    scheme, separator, _ = uri.partition("://")
+    if separator and scheme not in ("file", "s3"):
+        raise JobError("uri", uri, f"unknown scheme {scheme!r}", "use a path, file:// or s3://")
+    return scheme != "s3" or not separator
 
 
 def local_path(uri: str) -> Path:
-    """The path of a local URI."""
-    return Path(uri.removeprefix("file://"))
+    """The path of a local URI, made absolute."""
+    return Path(uri.removeprefix("file://")).expanduser().absolute()
 
 
 def absolute(uri: str) -> str:
     """`uri` with a relative local path made absolute, so that it means the same in every process."""
-    return str(local_path(uri).expanduser().absolute()) if is_local(uri) else uri.rstrip("/")
+    return str(local_path(uri)) if is_local(uri) else uri.rstrip("/")
 
 
 def join(uri: str, *parts: str) -> str:
@@ -49,54 +61,33 @@ def name(uri: str) -> str:
     return uri.rstrip("/").rsplit("/", 1)[-1]
 
 
-def filesystem(uri: str) -> tuple[Any, str]:
-    """The fsspec file system of `uri` and the path inside it.
-
-    Raises:
-        JobError: for a scheme that is neither a path, `file://` nor `s3://`.
-    """
-    if is_local(uri):
-        return _local_filesystem(), str(local_path(uri).expanduser().absolute())
-    scheme, _, rest = uri.partition("://")
-    if scheme != "s3":
-        raise JobError("uri", uri, f"unknown scheme {scheme!r}", "use a path, file:// or s3://")
-    return _s3_filesystem(uri.startswith(ANONYMOUS), os.getpid()), rest.removeprefix("anonymous@")
-
-
-@functools.cache
-def _local_filesystem() -> Any:
-    from fsspec.implementations.local import LocalFileSystem
-
-    return LocalFileSystem()
-
-
-@functools.cache
-def _s3_filesystem(anonymous: bool, pid: int) -> Any:
-    """One per process: a forked child must not share its parent's event loop and connections."""
-    import s3fs
-
-    config = {"retries": {"max_attempts": 5, "mode": "standard"}, "connect_timeout": 10, "read_timeout": 30}
-    return s3fs.S3FileSystem(anon=anonymous, config_kwargs=config, use_listings_cache=False, skip_instance_cache=True)
-
-
 def read_bytes(uri: str) -> bytes:
     """The whole of one object.
 
     Raises:
-        DataError: where it is missing or access is refused.
+        NotFoundError: where it is missing.
+        DataError: where access is refused or storage does not answer.
     """
-    fs, path = filesystem(uri)
-    return _retried(uri, lambda: fs.cat_file(path))
+    if not is_local(uri):
+        return s3.get(uri)
+    with _local_errors(uri):
+        return local_path(uri).read_bytes()
 
 
 def read_range(uri: str, start: int, length: int) -> bytes:
     """`length` bytes of one object from byte `start`.
 
     Raises:
-        DataError: where it is missing, access is refused, or it ends before `start + length`.
+        DataError: as `read_bytes`, and where it ends before `start + length`.
     """
-    fs, path = filesystem(uri)
-    data = _retried(uri, lambda: fs.cat_file(path, start=start, end=start + length))
+    if not length:
+        return b""
+    if not is_local(uri):
+        data = s3.get_range(uri, start, length)
+    else:
+        with _local_errors(uri), open(local_path(uri), "rb", buffering=0) as file:
+            file.seek(start)
+            data = file.read(length)
     if len(data) != length:
         raise DataError(uri, f"ends early: {len(data)} of {length} bytes at offset {start}", "the object is truncated")
     return data
@@ -106,7 +97,7 @@ def read_json(uri: str) -> Any:
     """One JSON object.
 
     Raises:
-        DataError: where it is missing or not JSON.
+        DataError: as `read_bytes`, and where it is not JSON.
     """
     try:
         return json.loads(read_bytes(uri))
@@ -114,119 +105,150 @@ def read_json(uri: str) -> Any:
         raise DataError(uri, f"not valid JSON: {error}") from None
 
 
-def write_bytes(uri: str, data: bytes) -> None:
-    """Write one object, replacing what is there; a reader sees the old bytes or the new, never a part."""
-    fs, path = filesystem(uri)
-    if is_local(uri):
-        _replace_local(Path(path), data)
-    else:
-        _retried(uri, lambda: fs.pipe_file(path, data))
+def write_bytes(uri: str, data: bytes | memoryview) -> None:
+    """Write one object, replacing what is there; a reader sees the old bytes or the new, never a part.
+
+    Raises:
+        DataError: where there is no room, access is refused or storage does not answer; what was there stays.
+    """
+    if not is_local(uri):
+        return s3.put(uri, data)
+    path = local_path(uri)
+    with _local_errors(uri), _part(path, data) as part:
+        os.replace(part, path)
+    _sync_folder(path.parent)
 
 
-def create_bytes(uri: str, data: bytes) -> None:
+def create_bytes(uri: str, data: bytes | memoryview) -> None:
     """Write one object only where none is: a hard link on disk, a conditional put on S3.
 
     Raises:
         FileExistsError: where there is one already.
+        DataError: as `write_bytes`.
     """
-    fs, path = filesystem(uri)
-    if is_local(uri):
-        _create_local(Path(path), data)
-    else:
-        _retried(uri, lambda: fs.pipe_file(path, data, mode="create"))
+    if not is_local(uri):
+        return s3.put(uri, data, create=True)
+    path = local_path(uri)
+    with _local_errors(uri), _part(path, data) as part:
+        os.link(part, path)
+    _sync_folder(path.parent)
 
 
 def exists(uri: str) -> bool:
     """Whether an object or a folder is there now."""
-    fs, path = filesystem(uri)
-    return bool(_retried(uri, lambda: fs.exists(path)))
+    if is_local(uri):
+        with _local_errors(uri):
+            return local_path(uri).exists()
+    try:
+        return s3.size(uri) >= 0
+    except NotFoundError:
+        return any(s3.keys(uri, s3.locate(uri).key + "/", limit=1))
 
 
 def size(uri: str) -> int:
     """Bytes of one object.
 
     Raises:
-        DataError: where it is missing.
+        NotFoundError: where it is missing.
     """
-    fs, path = filesystem(uri)
-    return int(_retried(uri, lambda: fs.size(path)))
+    if not is_local(uri):
+        return s3.size(uri)
+    with _local_errors(uri):
+        return local_path(uri).stat().st_size
 
 
 def listing(uri: str, pattern: str = "**") -> list[str]:
-    """URIs of the objects below the folder `uri` whose path matches `pattern` (`*.json`, `**/*.tif`), sorted.
+    """URIs of the objects below the folder `uri` whose path matches `pattern`, sorted; a missing folder is empty.
 
-    A missing folder is an empty one.
+    In a pattern `*` and `?` stop at slashes, `**/` stands for any number of folders, none included: `*.json`,
+    `**/*.tif`, `plate-?/[A-H]*.png`. What an interrupted write left behind is not listed.
     """
-    fs, path = filesystem(uri)
-    found = _retried(uri, lambda: fs.glob(join(path, pattern), detail=True))
-    files = [key for key, about in found.items() if about["type"] == "file"]
-    prefix = "" if is_local(uri) else ANONYMOUS if uri.startswith(ANONYMOUS) else "s3://"
-    return sorted(prefix + key for key in files if not name(key).startswith(".part-"))
+    deep = "/" in pattern or "**" in pattern
+    if is_local(uri):
+        root = str(local_path(uri))
+        paths = _walk(root, deep)
+    else:
+        place = s3.locate(uri)
+        root = (s3.ANONYMOUS if place.anonymous else s3.SCHEME) + join(place.bucket, place.key).rstrip("/")
+        prefix = place.key + "/" if place.key else ""
+        fixed = re.split(r"[*?\[]", pattern, maxsplit=1)[0]
+        paths = (key[len(prefix) :] for key in s3.keys(uri, prefix + fixed, deep))
+    matches = _glob(pattern).fullmatch
+    return sorted(join(root, path) for path in paths if matches(path) and not name(path).startswith(_PART))
 
 
 def delete(uri: str) -> None:
-    """Remove an object or a whole folder; a missing one is no error."""
-    fs, path = filesystem(uri)
-
-    def remove() -> None:
-        try:
-            fs.rm(path, recursive=True)
-        except FileNotFoundError:
-            return
-
-    _retried(uri, remove)
-
-
-def open_read(uri: str) -> IO[bytes]:
-    """A seekable file-like object for readers that fetch ranges (Parquet).
+    """Remove an object or a whole folder; a missing one is no error.
 
     Raises:
-        DataError: where it is missing.
+        DataError: where access is refused, or `uri` is a whole bucket.
     """
-    fs, path = filesystem(uri)
-    if is_local(uri):
-        return _retried(uri, lambda: open(path, "rb"))
-    return _retried(uri, lambda: fs.open(path, "rb", cache_type="none"))
+    if not is_local(uri):
+        key = s3.locate(uri).key
+        if not key:
+            raise DataError(uri, "a whole bucket is not deleted", "name a prefix in it")
+        return s3.delete(uri, [key, *s3.keys(uri, key + "/")])
+    path = local_path(uri)
+    with _local_errors(uri):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
-def _replace_local(path: Path, data: bytes) -> None:
-    part = _write_part(path, data)
-    try:
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
+def sweep(uri: str) -> None:
+    """Remove what writes that were killed on this machine left below the local folder `uri`, and other such files of
+    more than a day. (On S3 nothing is left but unfinished multipart uploads: a lifecycle rule of the bucket ends them.)
+    """
+    if not is_local(uri):
+        return
+    for path in local_path(uri).rglob(f"{_PART}*"):
+        host, pid, _ = path.name.removeprefix(_PART).rsplit("-", 2)
+        with _local_errors(uri):
+            dead = host == socket.gethostname() and not psutil.pid_exists(int(pid))
+            if dead or time.time() - path.stat().st_mtime > _STALE_S:
+                path.unlink(missing_ok=True)
 
 
-def _create_local(path: Path, data: bytes) -> None:
-    part = _write_part(path, data)
-    try:
-        os.link(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+def _walk(root: str, deep: bool) -> Iterator[str]:
+    """Paths of files below `root`, relative to it; linked folders are entered, each folder once."""
+    seen = set()
+    for folder, folders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen or not deep:
+            folders.clear()
+        if real in seen:
+            continue
+        seen.add(real)
+        yield from (os.path.relpath(os.path.join(folder, file), root) for file in files)
 
 
-def _write_part(path: Path, data: bytes) -> Path:
+def _glob(pattern: str) -> re.Pattern[str]:
+    parts = re.split(r"(\*\*/|\*\*|\*|\?|\[[^]]+\])", pattern)
+    wild = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+
+    def regex(part: str) -> str:
+        if part in wild:
+            return wild[part]
+        is_set = part.startswith("[") and part.endswith("]")
+        return part.replace("[!", "[^", 1) if is_set else re.escape(part)
+
+    return re.compile("".join(map(regex, parts)), re.DOTALL)
+
+
+@contextmanager
+def _part(path: Path, data: bytes | memoryview) -> Iterator[Path]:
+    """`data` in a file beside `path`, on disk to stay, for the block to give it its name; gone after the block."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".part-{uuid.uuid4().hex}")
+    part = path.with_name(f"{_PART}{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex}")
     try:
         with open(part, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-    except OSError as error:
+        yield part
+    finally:
         part.unlink(missing_ok=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DataError(
-                str(path), f"no room left for {len(data):,} bytes", "free disk space and run again"
-            ) from error
-        raise
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-    return part
 
 
 def _sync_folder(folder: Path) -> None:
@@ -238,31 +260,16 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _retried(uri: str, call: Callable[[], T]) -> T:
-    """Call until it answers or the deadline passes, backing off with jitter; turn final errors into `DataError`."""
-    deadline = time.monotonic() + RETRY_DEADLINE_S
-    pause = 0.2
-    while True:
-        try:
-            return call()
-        except FileExistsError:
-            raise
-        except FileNotFoundError:
-            raise NotFoundError(uri, "not found") from None
-        except PermissionError as error:
-            raise DataError(uri, f"access refused: {error}", "check the credentials and the bucket's policy") from None
-        except Exception as error:
-            if is_local(uri) or not _transient(error):
-                raise
-            if time.monotonic() + pause > deadline:
-                raise DataError(uri, f"no answer for {RETRY_DEADLINE_S:.0f} s: {error}", "is the server up?") from error
-            time.sleep(pause * random.uniform(0.5, 1.0))
-            pause = min(pause * 2, 10.0)
-
-
-def _transient(error: BaseException) -> bool:
-    from botocore.exceptions import BotoCoreError, NoCredentialsError, ParamValidationError
-
-    if isinstance(error, NoCredentialsError | ParamValidationError):
-        return False
-    return isinstance(error, OSError | BotoCoreError | TimeoutError)
+@contextmanager
+def _local_errors(uri: str) -> Iterator[None]:
+    try:
+        yield
+    except FileExistsError:
+        raise
+    except FileNotFoundError:
+        raise NotFoundError(uri, "not found") from None
+    except PermissionError as error:
+        raise DataError(uri, f"access refused: {error.strerror}", "check who may read and write there") from None
+    except OSError as error:
+        remedy = "free disk space and run again" if error.errno in _FULL else ""
+        raise DataError(uri, f"the file system refused: {error.strerror}", remedy) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import uuid
 from collections.abc import Callable, Iterator
@@ -12,7 +13,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from cosmic_ray import storage
 from cosmic_ray.config import Job
 from cosmic_ray.output import claim
 from cosmic_ray.stores.columns import image_column
@@ -33,6 +33,7 @@ def s3_server() -> Iterator[str]:
     """Endpoint URL of moto's server on a real socket; the AWS variables point at it for the whole session."""
     from moto.server import ThreadedMotoServer
 
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -46,9 +47,10 @@ def s3_server() -> Iterator[str]:
 @pytest.fixture
 def s3(s3_server: str) -> str:
     """URI of a fresh, empty bucket."""
+    import botocore.session
+
     bucket = f"test-{uuid.uuid4().hex[:12]}"
-    fs, _ = storage.filesystem(f"s3://{bucket}")
-    fs.mkdir(bucket)
+    botocore.session.get_session().create_client("s3").create_bucket(Bucket=bucket)
     return f"s3://{bucket}"
 
 
