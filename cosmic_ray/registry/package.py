@@ -19,7 +19,8 @@ from pydantic import Field, field_validator, model_validator
 from cosmic_ray import storage
 from cosmic_ray.config import Config, validate
 from cosmic_ray.errors import CosmicError, DataError, NotFoundError
-from cosmic_ray.output import encode
+from cosmic_ray.output import canonical, encode
+from cosmic_ray.stores.manifest import CropSpec
 
 if TYPE_CHECKING:
     import torch
@@ -28,20 +29,8 @@ WEIGHTS, CONFIG, CARD = "encoder.safetensors", "config.json", "card.md"
 FORMAT, VERSION = "cosmic-ray/model", 1
 
 
-class InputSpec(Config):
-    """The crops that a model takes; those of another shape are refused, never resized silently."""
-
-    channels: tuple[str, ...] = Field(min_length=1)
-    """Name of each channel, in order."""
-
-    height: int = Field(ge=1)
-    """Pixels."""
-
-    width: int = Field(ge=1)
-    """Pixels."""
-
-    dtype: Literal["uint8"] = "uint8"
-    """Stored type of a pixel; 0 is background."""
+class InputSpec(CropSpec):
+    """The crops that a model takes: a crop store's spec. Those of another shape are refused, never resized silently."""
 
     @model_validator(mode="after")
     def _square(self) -> InputSpec:
@@ -129,7 +118,7 @@ def write_model(
     folder_uri: str,
     kwargs: Mapping[str, Any],
     state_dict: Mapping[str, torch.Tensor],
-    input_spec: InputSpec | Mapping[str, Any],
+    input_spec: CropSpec | Mapping[str, Any],
     preprocessing: Preprocessing | Mapping[str, Any],
     lineage: Mapping[str, Any],
     card: str,
@@ -143,7 +132,7 @@ def write_model(
         kwargs: arguments of `timm.create_model`, `model_name` among them, such that the network's forward is the
             embedding: float32 (N, C', size, size) -> (N, D).
         state_dict: all weights of that network.
-        input_spec: the crops that it takes; a crop store's spec has the same four fields.
+        input_spec: the crops that it takes: the spec of the crop store that it was trained on.
         preprocessing: recipe and size of `ingest.augment.prepare`.
         lineage: what it was made from: `store` and `split` as {"uri", "content_hash"}, `job` as the job's fingerprint.
         card: Markdown, see `registry.card`.
@@ -246,23 +235,25 @@ def build_network(kwargs: Mapping[str, Any], state_dict: Mapping[str, torch.Tens
 def _embedding_width(
     kwargs: Mapping[str, Any], state_dict: Mapping[str, torch.Tensor], spec: InputSpec, steps: Preprocessing
 ) -> int:
-    """Run the network on the meta device: costs nothing and fails where shapes do not fit."""
+    """D, from the embedding of an empty crop."""
     import torch
 
     channels = 3 if steps.recipe == "paper" else len(spec.channels)
-    network = build_network(kwargs, {name: tensor.to("meta") for name, tensor in state_dict.items()})
-    image = torch.empty(1, channels, steps.size, steps.size, device="meta")
+    image = torch.zeros(1, channels, steps.size, steps.size)
+    network = build_network(kwargs, {name: tensor.detach().cpu() for name, tensor in state_dict.items()})
     try:
         embedding = network(image)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"the network does not take {tuple(image.shape)}: {error}") from None
     if embedding.ndim != 2:
         raise ValueError(f"the network gives {tuple(embedding.shape)}, not one vector a crop")
+    if not embedding.isfinite().all():
+        raise ValueError("the network's embedding of an empty crop is not finite")
     return int(embedding.shape[1])
 
 
 def _digest(facts: Mapping[str, Any], weights_sha256: str) -> str:
-    return hashlib.sha256(encode({**facts, "weights_sha256": weights_sha256})).hexdigest()
+    return hashlib.sha256(canonical({**facts, "weights_sha256": weights_sha256})).hexdigest()
 
 
 def _plain(value: Any) -> dict[str, Any]:
