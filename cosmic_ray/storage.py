@@ -130,7 +130,9 @@ def create_bytes(uri: str, data: bytes | memoryview) -> None:
         return s3.put(uri, data, create=True)
     path = local_path(uri)
     with _local_errors(uri), _part(path, data) as part:
-        os.link(part, path)
+        created = _linked(part, path)
+    if not created:
+        raise FileExistsError(uri)
     _sync_folder(path.parent)
 
 
@@ -251,6 +253,15 @@ def _part(path: Path, data: bytes | memoryview) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
+def _linked(part: Path, path: Path) -> bool:
+    """Give `part` the name `path` as well; False where that is taken."""
+    try:
+        os.link(part, path)
+    except FileExistsError:
+        return False
+    return True
+
+
 def _sync_folder(folder: Path) -> None:
     """Without it a crash of the machine may forget the new name although the bytes are safe."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -264,8 +275,6 @@ def _sync_folder(folder: Path) -> None:
 def _local_errors(uri: str) -> Iterator[None]:
     try:
         yield
-    except FileExistsError:
-        raise
     except FileNotFoundError:
         raise NotFoundError(uri, "not found") from None
     except PermissionError as error:

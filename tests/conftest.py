@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pyarrow as pa
 import pytest
+from faulty import FaultyProxy
 
 from cosmic_ray.config import Job
 from cosmic_ray.output import claim
@@ -52,6 +53,14 @@ def s3(s3_server: str) -> str:
     bucket = f"test-{uuid.uuid4().hex[:12]}"
     botocore.session.get_session().create_client("s3").create_bucket(Bucket=bucket)
     return f"s3://{bucket}"
+
+
+@pytest.fixture
+def faulty_s3(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
+    """A proxy in front of the S3 server, in use: what its `faults` name happens to the next requests."""
+    with FaultyProxy(s3_server) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        yield proxy
 
 
 @pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.slow)])
