@@ -44,7 +44,8 @@ class EncodedShard:
 def order_keys(crop_ids: Sequence[str], seed: int) -> np.ndarray:
     """The key of each crop in the order of a store: uint64 (N,), xxh3_64 of the id under `seed`."""
     seed &= 0xFFFFFFFFFFFFFFFF
-    return np.fromiter((xxhash.xxh3_64_intdigest(crop_id, seed) for crop_id in crop_ids), np.uint64, len(crop_ids))
+    keys = (xxhash.xxh3_64_intdigest(crop_id.encode(), seed) for crop_id in crop_ids)
+    return np.fromiter(keys, np.uint64, len(crop_ids))
 
 
 def order_rows(rows: pa.Table, seed: int) -> pa.Table:
