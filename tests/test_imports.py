@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "cosmic_ray"
-BASE = {"errors", "config", "progress", "storage", "output", "cluster"}
+BASE = {"errors", "config", "progress", "s3", "storage", "output", "cluster"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "config": {"errors"},
     "progress": set(),
-    "storage": {"errors"},
+    "s3": {"errors"},
+    "storage": {"errors", "s3"},
     "output": {"errors", "config", "storage"},
     "cluster": set(),
     "models": set(),
