@@ -113,14 +113,17 @@ class CropStore:
         with_images = "image" in wanted
         nbytes, digest = (group.nbytes, group.digest) if with_images else (group.meta_nbytes, group.meta_digest)
         footer = self._footer(group)
-        data = storage.read_range(group.shard, group.offset, nbytes)
+        data = _read(group.shard, group.offset, nbytes)
         if xxhash.xxh3_128_hexdigest(data) != digest:
             raise _damaged(group, "its bytes do not match the manifest's digest")
         try:
             file = pq.ParquetFile(RangeFile(data, group.offset).arrow(), metadata=footer)
-            return file.read_row_group(group.within, columns=wanted, use_threads=False).select(wanted)
+            rows = file.read_row_group(group.within, columns=wanted, use_threads=False).select(wanted)
         except (pa.ArrowException, OSError) as error:
-            raise _damaged(group, f"does not decode: {error}") from error
+            raise _damaged(group, f"does not decode: {error}") from None
+        if len(rows) != group.rows:
+            raise _damaged(group, f"has {len(rows)} rows; the manifest says {group.rows}")
+        return rows
 
     def metadata(self, columns: Sequence[str]) -> pa.Table:
         """`columns` (none of them `image`) of all rows; only the bytes of the metadata columns are fetched.
@@ -190,15 +193,13 @@ class CropStore:
     def _read_footer(self, group: RowGroup) -> pq.FileMetaData:
         shard = self._shards[group.shard]
         start = shard.nbytes - shard.footer_nbytes
-        try:
-            data = storage.read_range(group.shard, start, shard.footer_nbytes)
-        except NotFoundError:
-            raise DataError(
-                group.shard, "this shard is missing", "the manifest names it: restore it or rebuild"
-            ) from None
+        data = _read(group.shard, start, shard.footer_nbytes)
         if xxhash.xxh3_128_hexdigest(data) != shard.footer_digest:
             raise _damaged(group, "its footer does not match the manifest's digest")
-        footer = pq.read_metadata(pa.BufferReader(b"PAR1" + data))
+        try:
+            footer = pq.read_metadata(pa.BufferReader(b"PAR1" + data))
+        except (pa.ArrowException, OSError) as error:
+            raise _damaged(group, f"its footer does not decode: {error}") from None
         if not footer.schema.to_arrow_schema().equals(table_schema(self.manifest.extra_columns)):
             raise _damaged(group, "its schema is not the manifest's")
         return footer
@@ -206,6 +207,14 @@ class CropStore:
     @functools.cached_property
     def _shards(self) -> dict[str, form.Shard]:
         return {storage.join(self.uri, form.SHARDS, shard.name): shard for shard in self.manifest.shards}
+
+
+def _read(shard: str, start: int, length: int) -> bytes:
+    try:
+        return storage.read_range(shard, start, length)
+    except NotFoundError:
+        problem = "this shard is missing, though the manifest names it"
+        raise NotFoundError(shard, problem, "restore it or rebuild the store") from None
 
 
 def _damaged(group: RowGroup, problem: str) -> DataError:

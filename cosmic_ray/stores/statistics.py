@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from cosmic_ray.config import Config
 
-COUNTED = ("source", "plate", "cell_line")
-QUANTILES = (0, 5, 25, 50, 75, 95, 100)
+COUNTED = ("source", "plate", "cell_line", "pixel_size_um")
+AREA_PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
+PIXEL_PERCENTILES = (0.5, 50, 99.5)
 
 
 class Statistics(Config):
@@ -27,13 +28,13 @@ class Statistics(Config):
     """For each channel: pixels by stored value 0..255."""
 
     @classmethod
-    def of(cls, labels: dict[str, list[str]], areas: np.ndarray, images: np.ndarray) -> Statistics:
+    def of(cls, labels: Mapping[str, Iterable[Hashable]], areas: np.ndarray, images: np.ndarray) -> Statistics:
         """Count rows: `labels` holds the values of each of `COUNTED`, `areas` int (N,), `images` uint8 (N, C, H, W)."""
         values, times = np.unique(areas, return_counts=True)
         channels = range(images.shape[1])
         return cls(
             rows=len(images),
-            counts={name: dict(Counter(labels[name])) for name in COUNTED},
+            counts={name: dict(Counter(map(str, labels[name]))) for name in COUNTED},
             areas=dict(zip(values.tolist(), times.tolist(), strict=True)),
             pixels=tuple(tuple(_histogram(images[:, channel]).tolist()) for channel in channels),
         )
@@ -42,26 +43,30 @@ class Statistics(Config):
     def merged(cls, parts: Iterable[Statistics]) -> Statistics:
         """The counts over all of `parts` (at least one), whatever their order."""
         parts = list(parts)
-        counts = {name: sum((Counter(part.counts[name]) for part in parts), Counter()) for name in COUNTED}
-        areas = sum((Counter(part.areas) for part in parts), Counter())
+        by_channel = zip(*(part.pixels for part in parts), strict=True)
         return cls(
             rows=sum(part.rows for part in parts),
-            counts={name: dict(sorted(counter.items())) for name, counter in counts.items()},
-            areas=dict(sorted(areas.items())),
-            pixels=tuple(
-                tuple(map(sum, zip(*channel, strict=True))) for channel in zip(*(p.pixels for p in parts), strict=True)
-            ),
+            counts={name: _total(part.counts[name] for part in parts) for name in COUNTED},
+            areas=_total(part.areas for part in parts),
+            pixels=tuple(tuple(map(sum, zip(*histograms, strict=True))) for histograms in by_channel),
         )
 
     def summary(self, channels: tuple[str, ...]) -> dict[str, Any]:
-        """For a manifest: rows by source, plate, cell line; area percentiles (px); nonzero pixels of each channel."""
+        """For a manifest: rows by each of `COUNTED`, area percentiles (px), nonzero pixels of each channel."""
         return {
             **{f"rows_by_{name}": self.counts[name] for name in COUNTED},
-            "area_px_percentiles": {str(q): _percentile(self.areas, q) for q in QUANTILES},
+            "area_px_percentiles": {str(q): _percentile(self.areas, q) for q in AREA_PERCENTILES},
             "nonzero_pixels": {
                 name: _moments(histogram) for name, histogram in zip(channels, self.pixels, strict=True)
             },
         }
+
+
+def _total(counts: Iterable[dict[Any, int]]) -> dict[Any, int]:
+    total: Counter = Counter()
+    for part in counts:
+        total.update(part)
+    return dict(sorted(total.items()))
 
 
 def _histogram(pixels: np.ndarray) -> np.ndarray:
@@ -74,7 +79,7 @@ def _histogram(pixels: np.ndarray) -> np.ndarray:
     return total
 
 
-def _percentile(counts: dict[int, int], q: int) -> int:
+def _percentile(counts: dict[int, int], q: float) -> int:
     """The smallest value that at least `q` % of the rows do not exceed."""
     wanted, seen = math.ceil(sum(counts.values()) * q / 100), 0
     for value in sorted(counts):
@@ -84,10 +89,14 @@ def _percentile(counts: dict[int, int], q: int) -> int:
     return 0
 
 
-def _moments(histogram: tuple[int, ...]) -> dict[str, float]:
+def _moments(histogram: tuple[int, ...]) -> dict[str, Any]:
     count = sum(histogram[1:])
     total = sum(value * times for value, times in enumerate(histogram))
     squares = sum(value * value * times for value, times in enumerate(histogram))
     mean = total / count if count else 0.0
     variance = (squares * count - total * total) / (count * count) if count else 0.0
-    return {"count": count, "sum": total, "sum_of_squares": squares, "mean": mean, "std": math.sqrt(variance)}
+    nonzero = dict(enumerate(histogram[1:], start=1))
+    return {
+        **{"count": count, "sum": total, "sum_of_squares": squares, "mean": mean, "std": math.sqrt(variance)},
+        "percentiles": {str(q): _percentile(nonzero, q) for q in PIXEL_PERCENTILES},
+    }

@@ -86,7 +86,7 @@ def encode_shard(
             group = rows.slice(start, rows_per_group).combine_chunks()
             writer.write_table(group, row_group_size=rows_per_group)
             contents.append(content_digest(group))
-            statistics.append(_count(group, spec))
+            statistics.append(count_rows(group, spec))
     data = sink.getvalue()
     entry = ShardEntry(
         spec=spec,
@@ -209,8 +209,9 @@ def _conform(rows: pa.Table, spec: CropSpec) -> pa.Table:
     return rows
 
 
-def _count(group: pa.Table, spec: CropSpec) -> Statistics:
-    labels = {name: group[name].to_pylist() for name in COUNTED}
+def count_rows(group: pa.Table, spec: CropSpec) -> Statistics:
+    """The statistics of the rows of `group`."""
+    labels = {name: group[name].to_numpy() for name in COUNTED}
     return Statistics.of(labels, group["area_px"].to_numpy(), images(group, spec))
 
 
