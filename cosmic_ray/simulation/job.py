@@ -174,10 +174,12 @@ def _part_name(field: PlannedField) -> str:
 
 @contextmanager
 def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Spawned processes (a fork would copy the lease's thread); an error or Ctrl-C drops what has not begun."""
+    """Processes forked from a clean one that has imported what they need; error or Ctrl-C drops what has not begun."""
     from multiprocessing import get_context
 
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_begin)
+    context = get_context("forkserver")
+    context.set_forkserver_preload([f"{__package__}.field", f"{__package__}.files", "scipy.ndimage", "scipy.fft"])
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin)
     try:
         yield pool
     except BaseException:
