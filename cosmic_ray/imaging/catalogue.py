@@ -57,8 +57,8 @@ class Entry:
 def read_catalogue(sources: Mapping[str, Source]) -> list[Entry]:
     """Every field of every source, sorted by source, plate, well and site, whatever the order of the catalogue.
 
-    Of fields that share all of these, or their files, the first in that order stays; the others get the reason
-    "duplicate".
+    Of fields that share all of these (of ready crops that share their id), or their files, the first in that order
+    stays; the others get the reason "duplicate".
 
     Args:
         sources: by the key in the job; it names the source where neither catalogue nor defaults do.
@@ -75,23 +75,24 @@ def read_catalogue(sources: Mapping[str, Source]) -> list[Entry]:
             raise DataError(source.uri, "the catalogue holds no field")
         entries += found
     entries.sort(key=lambda e: (e.source, e.plate, e.well, e.site, e.files, e.page))
-    _mark_duplicates(entries)
+    _mark_duplicates(entries, ready={origin for origin, source in sources.items() if source.holds == "crops"})
     return entries
 
 
-def _mark_duplicates(entries: Iterable[Entry]) -> None:
+def _mark_duplicates(entries: Iterable[Entry], ready: set[str]) -> None:
     names: dict[str, str] = {}
     files: dict[tuple, str] = {}
     for entry in entries:
         if entry.reason:
             continue
+        name = entry.site if entry.origin in ready else entry.name
         holds = (*entry.files, entry.page)
-        twin = names.get(entry.name) or files.get(holds)
+        twin = names.get(name) or files.get(holds)
         if twin is not None:
-            same = f"name ({entry.name})" if entry.name in names else "file"
+            same = f"name ({name})" if name in names else "file"
             entry.reason, entry.detail = "duplicate", f"same {same} as {twin}"
             continue
-        names[entry.name] = files[holds] = entry.field_uri
+        names[name] = files[holds] = entry.field_uri
 
 
 def read_folder(origin: str, source: Source) -> list[Entry]:
@@ -159,6 +160,8 @@ def _entry(origin: str, source: Source, root: str, path: str, known: dict[str, s
 def make_entry(origin: str, source: Source, files: list[str], known: Mapping[str, str]) -> Entry:
     """An entry of `files`, with what is `known` of it by column name, and the defaults for what is empty or absent."""
     defaults = source.defaults
+    if source.holds == "crops" and not known.get("site"):
+        known = {**known, "site": storage.name(_stem(files[0]))}
     about = {column: known.get(column) or getattr(defaults, column, "") for column in TEXT_COLUMNS}
     fallback = storage.name(source.uri) if origin == "source" else origin
     entry = Entry(origin, files, **(about | {"source": about["source"] or fallback}))

@@ -67,8 +67,8 @@ class Source(Config):
     """`folder`: image files below a folder; `table`: one row a field; `cpg`: the Cell Painting Gallery's tables."""
 
     holds: Literal["fields", "crops"] = "fields"
-    """`fields`: nuclei are searched in them. `crops`: each file is a ready crop, taken as it is; its `site` (by default
-    its path below `uri` without the suffix) becomes the `crop_id`."""
+    """`fields`: nuclei are searched in them. `crops`: each file is a ready crop, taken as it is; its `site` becomes the
+    `crop_id` (by default its path below `uri` without the suffix; with `names` or in a table, its file's name)."""
 
     pattern: str | None = None
     """A glob below `uri`. `folder`: the images (default: every TIFF, PNG and JPEG); `cpg`: the tables (default:

@@ -93,8 +93,6 @@ class _Reader:
         known = {ours: row[theirs] for ours, theirs in self._columns.items()}
         files = [self._uri_of(location, row) for location in self._files]
         entry = make_entry(self._origin, source, files, known)
-        if source.holds == "crops" and not entry.site:
-            entry.site = storage.name(entry.field_uri).rsplit(".", 1)[0]
         if self._illumination:
             given = iter(self._illumination)
             entry.illumination = [self._uri_of(next(given), row) if c.illumination else "" for c in source.channels]

@@ -1,0 +1,75 @@
+"""Independent tasks on all CPUs of a cluster, through Ray Data; a single one in this process, without Ray."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from cosmic_ray.errors import CosmicError
+
+Task = Callable[..., dict[str, Any]]
+
+
+def each(
+    task: Task, units: Sequence[dict[str, Any]], shared: dict[str, Any], workers: int | None, memory_bytes: int
+) -> Iterator[dict[str, Any]]:
+    """Call `task(**unit, **shared)` for every unit and yield what it returns, in the order in which they end.
+
+    Ray repeats what a lost node had begun, so a task must do the same when it is called again.
+
+    Args:
+        task: a function of an importable module that returns JSON-serialisable data.
+        units: JSON-serialisable.
+        shared: the same for all, sent once.
+        workers: tasks at a time; None for one a CPU, 0 for this process and no Ray.
+        memory_bytes: what Ray sets aside for each task.
+
+    Raises:
+        CosmicError: the task's own, whatever process it ended in.
+    """
+    if workers == 0 or len(units) <= 1:
+        for unit in units:
+            yield task(**unit, **shared)
+        return
+    yield from _on_ray(task, units, shared, workers, memory_bytes)
+
+
+def _on_ray(
+    task: Task, units: Sequence[dict[str, Any]], shared: dict[str, Any], workers: int | None, memory_bytes: int
+) -> Iterator[dict[str, Any]]:
+    import ray
+    from ray.data import TaskPoolStrategy
+
+    from cosmic_ray.cluster import connect
+
+    connect(workers)
+    items = [{"unit": json.dumps(unit)} for unit in units]
+    results = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+        _call,
+        batch_size=1,
+        batch_format="pyarrow",
+        fn_kwargs={"task": task, "shared": shared},
+        compute=TaskPoolStrategy(size=workers),
+        num_cpus=1,
+        memory=memory_bytes,
+    )
+    try:
+        for block in results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            for text in block["result"].to_pylist():
+                yield json.loads(text)
+    except ray.exceptions.RayError as error:
+        raise _own(error) or error from None
+
+
+def _call(block: Any, task: Task, shared: dict[str, Any]) -> Any:
+    import pyarrow as pa
+
+    return pa.table({"result": [json.dumps(task(**json.loads(text), **shared)) for text in block["unit"].to_pylist()]})
+
+
+def _own(error: BaseException | None) -> CosmicError | None:
+    """The `CosmicError` that a chain of Ray's errors wraps."""
+    while error is not None and not isinstance(error, CosmicError):
+        error = getattr(error, "cause", None) or error.__cause__
+    return error
