@@ -7,15 +7,18 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 
 from cosmic_ray import storage
 from cosmic_ray.config import Job
 from cosmic_ray.errors import JobError
-from cosmic_ray.simulation.layout import PlannedField, plan_plate, plate_names
 from cosmic_ray.simulation.spec import CELL_TYPES, Fault, FieldSpec, Positive, Treatment
+
+if TYPE_CHECKING:
+    from cosmic_ray.output import Output
+    from cosmic_ray.simulation.layout import PlannedField
 
 _FEW = 6
 """So few fields are simulated before a second process has started."""
@@ -70,6 +73,8 @@ class SimulatePlates(Job):
 
     def plan(self) -> list[PlannedField]:
         """All fields, in order of plate, well and site."""
+        from cosmic_ray.simulation.layout import plan_plate, plate_names
+
         names = sorted(self.cell_lines), sorted(self.treatments)
         return [
             field
@@ -127,8 +132,9 @@ class SimulatePlates(Job):
     def _workers(self) -> int:
         return self.processes or len(os.sched_getaffinity(0))
 
-    def _publish(self, out: Any) -> None:
+    def _publish(self, out: Output) -> None:
         from cosmic_ray.simulation.files import load_data_csv, merged, parquet_bytes, parquet_table
+        from cosmic_ray.simulation.layout import plate_names
 
         plan = self.plan()
         parts = [parquet_table(storage.read_bytes(out.at("parts", _part_name(field)))) for field in plan]
