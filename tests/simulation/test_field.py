@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy import ndimage, stats
 from skimage.measure import regionprops
 from skimage.segmentation import expand_labels
 
+from cosmic_ray.simulation.cells import draw_nuclei
 from cosmic_ray.simulation.field import FieldKey, simulate_field
+from cosmic_ray.simulation.keys import keyed
 from cosmic_ray.simulation.spec import Camera, Debris, FieldSpec, Optics, Treatment
 
 CLEAN = Debris(specks_per_mm2=0, clouds_per_mm2=0, corpses_per_mm2=0)
@@ -192,3 +196,16 @@ def _texture(mask: np.ndarray, pixels: np.ndarray) -> list[float]:
         band = (smooth(sigma / 2) - smooth(sigma))[inner] / pixels[inner].mean()
         found += [np.log(band.std()), stats.skew(band)]
     return found
+
+
+def test_cells_drawn_elsewhere_are_rendered_as_they_are():
+    """A planted truth draws its own nuclei: each keeps its number, and the truth says what was asked for."""
+    spec = FieldSpec(clustering=0, density_per_mm2=700)
+    drawn = draw_nuclei(keyed(1), spec.cell_types, {"smooth": 1}, 30, Treatment(), spec.optics, stain_cv=0)
+    planted = replace(drawn, grain_um=np.linspace(0.4, 1.6, len(drawn)))
+    field = simulate_field(spec, FieldKey(1), nuclei=planted)
+    nuclei, rows = field.nuclei, np.searchsorted(planted.cell, field.nuclei["cell"])
+    alone = np.bincount(planted.cell)[nuclei["cell"]] == 1
+    assert alone.sum() > 10
+    np.testing.assert_array_equal(nuclei["grain_um"][alone], planted.grain_um[rows][alone])
+    np.testing.assert_array_equal(nuclei["area_um2"][alone], planted.area_um2[rows][alone])
