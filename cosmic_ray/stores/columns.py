@@ -9,6 +9,12 @@ from cosmic_ray.stores import manifest as form
 from cosmic_ray.stores.manifest import CropSpec
 
 TYPES = {"string": pa.string(), "float32": pa.float32(), "int32": pa.int32(), "binary": pa.binary()}
+_NAMES = {kind: name for name, kind in TYPES.items()}
+
+
+def type_name(kind: pa.DataType) -> str:
+    """The format's name of an Arrow type; Arrow's own for one that no store has."""
+    return _NAMES.get(kind, str(kind))
 
 
 def table_schema(extra: dict[str, str]) -> pa.Schema:
@@ -41,7 +47,9 @@ def images(column: pa.Table | pa.RecordBatch | pa.ChunkedArray | pa.Array, spec:
         raise ValueError(f"image {row} has {sizes[row]} bytes; {spec.shape} needs {spec.nbytes}")
     if not count:
         return np.empty((0, *spec.shape), np.uint8)
-    return np.frombuffer(values, np.uint8, count * spec.nbytes, int(ends[0])).reshape(count, *spec.shape)
+    view = np.frombuffer(values, np.uint8, count * spec.nbytes, int(ends[0])).reshape(count, *spec.shape)
+    view.flags.writeable = False
+    return view
 
 
 def image_column(crops: np.ndarray) -> pa.Array:

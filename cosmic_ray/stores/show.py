@@ -71,7 +71,7 @@ def _coloured(crops: np.ndarray, tops: np.ndarray) -> np.ndarray:
     """uint8 (N, C, H, W) to uint8 (N, H, W, 3)."""
     scaled = np.clip(crops / tops[:, None, None], 0, 1)
     channels = crops.shape[1]
-    colours = np.ones((1, 3)) if channels == 1 else _COLOURS[np.arange(channels) % len(_COLOURS)]
+    colours = np.ones((1, 3)) if channels == 1 else _COLOURS[np.arange(channels) % len(_COLOURS)] * 2 / channels
     return (np.clip(np.einsum("nchw,ck->nhwk", scaled, colours), 0, 1) * 255).astype(np.uint8)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from cosmic_ray import output, storage
 from cosmic_ray.errors import DataError, NotFoundError
 from cosmic_ray.output import Output
 from cosmic_ray.stores import manifest as form
-from cosmic_ray.stores.columns import images, table_schema
+from cosmic_ray.stores.columns import images, table_schema, type_name
 from cosmic_ray.stores.manifest import CropManifest, CropSpec, Intensity, Shard, ShardEntry, StoredGroup
 from cosmic_ray.stores.statistics import COUNTED, Statistics
 
@@ -68,7 +69,7 @@ def encode_shard(
         ValueError: for a missing column, another type, a null, no rows, or an image of another size than `spec` says.
     """
     rows = _conform(rows, spec)
-    extra = {name: str(rows.schema.field(name).type) for name in rows.column_names if name not in form.COLUMNS}
+    extra = _extra(rows)
     sink = io.BytesIO()
     codec, level = _PARQUET_COMPRESSION[compression]
     metadata_columns = rows.column_names[:-1]
@@ -106,7 +107,7 @@ def content_digest(group: pa.Table) -> str:
     """
     total = hashlib.sha256()
     for field in group.schema:
-        total.update(f"{field.name}:{field.type}:{len(group)}\n".encode())
+        total.update(f"{field.name}:{type_name(field.type)}:{len(group)}\n".encode())
         column = group[field.name].combine_chunks()
         column = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
         if pa.types.is_string(field.type) or pa.types.is_binary(field.type):
@@ -198,15 +199,21 @@ def _conform(rows: pa.Table, spec: CropSpec) -> pa.Table:
         raise ValueError("a shard needs at least one row")
     if missing := [name for name in form.COLUMNS if name not in rows.column_names]:
         raise ValueError(f"no column {', '.join(missing)}")
-    extra = {name: str(rows.schema.field(name).type) for name in rows.column_names if name not in form.COLUMNS}
+    extra = _extra(rows)
     if odd := {name: kind for name, kind in extra.items() if kind not in form.EXTRA_TYPES}:
         raise ValueError(f"extra columns are {', '.join(form.EXTRA_TYPES)}; not {odd}")
-    rows = rows.select(list(form.columns(extra))).cast(table_schema(extra))
+    if badly := [name for name in extra if not re.fullmatch(r"[A-Za-z0-9_]+", name)]:
+        raise ValueError(f"column {badly[0]!r}: names are letters, digits and _")
     if empty := [name for name in rows.column_names if rows[name].null_count]:
         raise ValueError(f'nulls in {", ".join(empty)}: write "" for an unknown string, NaN for an unknown float')
+    rows = rows.select(list(form.columns(extra))).cast(table_schema(extra))
     for chunk in rows["image"].chunks:
         images(chunk, spec)
     return rows
+
+
+def _extra(rows: pa.Table) -> dict[str, str]:
+    return {field.name: type_name(field.type) for field in rows.schema if field.name not in form.COLUMNS}
 
 
 def count_rows(group: pa.Table, spec: CropSpec) -> Statistics:
