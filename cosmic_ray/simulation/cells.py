@@ -121,12 +121,8 @@ def draw_nuclei(
         return np.array([getattr(one, name) for one in types], float)[kind]
 
     phase, state, mitosis, dna = _cycle(rng, types, kind, treatment.g2_arrest)
-    stage = np.where(state == "M", mitosis, state)
-    area, grain, contrast = (np.array([_FACTORS[s][i] for s in stage], float) for i in range(3))
-    vary = trait("texture_cv")
-    bar = np.isin(mitosis, ("metaphase", "anaphase"))
-    open_ = state != "M"
-    size = np.where(mitosis == "anaphase", 1.0, (dna / 2) ** (2 / 3))
+    area, grain, contrast = _factors(state, mitosis, dna)
+    bar, open_, vary = np.isin(mitosis, ("metaphase", "anaphase")), state != "M", trait("texture_cv")
     nuclei = Nuclei(
         cell=np.arange(count, dtype=np.int32),
         cell_type=np.array(names)[kind],
@@ -135,7 +131,7 @@ def draw_nuclei(
         phase=phase,
         dna=dna,
         stain=_lognormal(rng, np.full(count, stain_cv)),
-        area_um2=trait("area_um2") * treatment.area * area * size * _lognormal(rng, trait("area_cv")),
+        area_um2=trait("area_um2") * treatment.area * area * _lognormal(rng, trait("area_cv")),
         aspect=np.where(bar, 2.6, 1 + (trait("aspect") - 1) * treatment.aspect) ** _lognormal(rng, np.full(count, 0.3)),
         angle=rng.uniform(0, np.pi, count),
         bend=rng.normal(0, trait("bend")),
@@ -175,6 +171,13 @@ def _cycle(
     mitosis = np.where(state == "M", _MITOSIS[stage], "")
     dna = np.where(state == "G1", 2.0, np.where(state == "S", 2 + 2 * through, 4.0))
     return phase, state, mitosis, np.where(mitosis == "anaphase", 2.0, dna)
+
+
+def _factors(state: np.ndarray, mitosis: np.ndarray, dna: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What the cycle does to area, grain and contrast, relative to the type in G1."""
+    stage = np.where(state == "M", mitosis, state)
+    area, grain, contrast = (np.array([_FACTORS[s][i] for s in stage], float) for i in range(3))
+    return area * np.where(mitosis == "anaphase", 1.0, (dna / 2) ** (2 / 3)), grain, contrast
 
 
 def _lognormal(rng: np.random.Generator, cv: np.ndarray) -> np.ndarray:
