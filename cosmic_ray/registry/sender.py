@@ -29,7 +29,7 @@ class Sender:
         self._waiting: deque[Event] = deque()
         self._sending: list[Event] = []
         self._sending_is_spooled = False
-        self._attempts = 0
+        self._begun = self._ended = 0
         self._away_since: float | None = None
         self._retry_s, self._retry_at = FIRST_RETRY_S, 0.0
         self._wake, self._idle, self._stop = threading.Event(), threading.Event(), threading.Event()
@@ -62,11 +62,11 @@ class Sender:
         Returns:
             Whether the server has everything.
         """
-        attempts, deadline = self._attempts, time.monotonic() + patience_s
+        begun, deadline = self._begun, time.monotonic() + patience_s
         self._retry_at = 0.0
         self._wake.set()
         while not self._idle.wait(0.05) and time.monotonic() < deadline:
-            if self.away and self._attempts > attempts:
+            if self.away and self._ended > begun:
                 break
         self._stop.set()
         self._wake.set()
@@ -87,8 +87,10 @@ class Sender:
 
     def _send(self) -> None:
         with self._lock:
-            self._sending, self._sending_is_spooled = list(self._waiting), False
+            kept = [] if self._sending_is_spooled else self._sending
+            self._sending, self._sending_is_spooled = [*kept, *self._waiting], False
             self._waiting.clear()
+            self._begun += 1
         try:
             for events in self._spool.segments():
                 self._deliver(events)
@@ -98,7 +100,7 @@ class Sender:
             self._lost(error)
         else:
             self._reached()
-        self._attempts += 1
+        self._ended += 1
 
     def _lost(self, error: Exception) -> None:
         self._set_aside(sending_too=True)

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from cosmic_ray import storage
+from cosmic_ray.errors import NotFoundError
 from cosmic_ray.progress import say
 
 SEGMENT_BYTES = 256 * 1024
@@ -61,6 +62,6 @@ class Spool:
 def _parse(uri: str) -> list[Event]:
     try:
         return [json.loads(line) for line in storage.read_bytes(uri).splitlines()]
-    except ValueError as error:
+    except (ValueError, NotFoundError) as error:
         say(f"tracking: {uri} is damaged and is left out: {error}")
         return []

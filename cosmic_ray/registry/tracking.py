@@ -25,16 +25,16 @@ from cosmic_ray.registry.server import tracking_uri
 from cosmic_ray.registry.spool import Spool
 
 SPOOL = "tracking-spool"
-CHECKPOINT_PATIENCE_S, END_PATIENCE_S, REGISTER_PATIENCE_S = 1.0, 60.0, 900.0
+SAVING_PATIENCE_S, END_PATIENCE_S, REGISTER_PATIENCE_S = 1.0, 60.0, 900.0
 Status = Literal["finished", "failed", "stopped"]
 _STATUS = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 
 
 class Tracker:
-    """Callbacks of the step loop: `on_start`, `on_step`, `on_eval`, `on_checkpoint`, `on_end`; all return at once.
+    """Callbacks of the step loop (`on_start`, `on_step`, `on_eval`, `on_saving`, `on_checkpoint`), and `on_end`.
 
-    Only `on_checkpoint` may wait, for a second: what came before a checkpoint must outlive a kill after it, since a
-    resumed run does not repeat it.
+    They return at once. Only `on_saving` may wait, for a second: what came before a checkpoint must outlive a kill
+    after it, since a resumed run does not repeat it.
 
     Args:
         out: the job's output folder or `s3://` prefix, which remembers the run.
@@ -106,11 +106,14 @@ class Tracker:
         """Validation metrics after optimiser step `step`; a name without `/` goes under `val/`."""
         self._metrics("val", step, metrics)
 
+    def on_saving(self, step: int) -> None:
+        """A checkpoint is about to be published: what was logged up to here is made to outlive this process."""
+        self._sender.settle(SAVING_PATIENCE_S)
+
     def on_checkpoint(self, step: int, uri: str) -> None:
-        """A checkpoint is published: what was logged up to here is made to outlive this process."""
+        """A checkpoint is published."""
         tags = {"cosmic_ray.checkpoint": scrub_text(uri), "cosmic_ray.checkpoint_step": str(step)}
         self._sender.put({"op": "tags", "tags": tags})
-        self._sender.settle(CHECKPOINT_PATIENCE_S)
 
     def on_end(self, status: Status, error: object = None) -> None:
         """The run has ended; a second call says nothing new. `failed` and `stopped` become FAILED and KILLED."""
