@@ -1,0 +1,134 @@
+"""Store to batches: a rank's slices of the global batches, through Ray Data or in this process, byte for byte the same.
+
+`batches` runs one long Ray Data task beside the rank; it reads, verifies, decodes, shuffles and sends chunks of whole
+batches, and the rank only copies each batch into a staging buffer. `plain_batches` does all of it in the calling
+process. Epochs are one stream, and any step can be the first.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from functools import cached_property
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from cosmic_ray.ingest.plan import Plan, Samples
+from cosmic_ray.ingest.staging import Staging
+from cosmic_ray.ingest.windows import AHEAD_BYTES, Windows
+from cosmic_ray.stores.crops import CropStore
+from cosmic_ray.stores.manifest import CropSpec
+
+if TYPE_CHECKING:
+    import torch
+
+READ_CPUS = 0.25
+"""Logical CPUs that the reading task of a rank needs beside the rank's own."""
+
+
+class Batch:
+    """A rank's slice of one global batch, or one part of it where `micro` cuts it up.
+
+    `step`: the global batch, from 0 across epochs. `images`: uint8 (n, C, H, W), page-locked where CUDA is there.
+    `positions`: int64 (n,), global sample positions. `last`: whether the slice of this step ends here. `wait_s`:
+    seconds that the consumer waited. A slice may be empty (n = 0) where the global batch is hardly larger than the
+    number of lanes.
+
+    The memory of `images` is used again: it is valid until the next batch is asked for. Copies to a device are safe
+    if they were enqueued on the current CUDA stream before that.
+    """
+
+    def __init__(
+        self, plan: Plan, lanes: range, step: int, images: torch.Tensor, part: slice, last: bool, wait_s: float
+    ):
+        import torch
+
+        self.step, self.images, self.last, self.wait_s = step, images[part], last, wait_s
+        self._plan, self._lanes, self._part = plan, lanes, part
+        positions = plan.positions(step, lanes)[part]
+        self.positions = torch.arange(positions.start, positions.stop)
+
+    @cached_property
+    def samples(self) -> Samples:
+        """Row references, epochs and lanes, arrays of n; computed when asked for."""
+        return Samples(*(array[self._part] for array in self._plan.rank_step(self.step, self._lanes)))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+class _Source(Protocol):
+    def fill(self, k: int, out: np.ndarray) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def batches(
+    store_uri: str,
+    plan: Plan,
+    rank: int,
+    world: int,
+    first_step: int,
+    last_step: int,
+    *,
+    micro: int | None = None,
+    read_cpus: float = READ_CPUS,
+    ahead_bytes: int = AHEAD_BYTES,
+) -> Iterator[Batch]:
+    """The slices of `rank` of the global batches `first_step` .. `last_step`-1, read by a Ray Data task on this node.
+
+    Ray must be initialised. Closing the iterator ends the task.
+
+    Args:
+        store_uri: the crop store, at a URI that means the same in every process.
+        micro: at most so many crops a batch; a slice then comes in parts.
+        read_cpus: logical CPUs of the task.
+        ahead_bytes: the task reads so far ahead of its open windows.
+
+    Raises:
+        JobError: for more ranks than lanes.
+        DataError: naming the shard that cannot be read, or the store where the plan was made for another.
+    """
+    from cosmic_ray.ingest.remote import RemoteWindows
+
+    lanes = plan.lanes_of(rank, world)
+    source = RemoteWindows(store_uri, plan, lanes, first_step, last_step, read_cpus, ahead_bytes)
+    with closing(source):
+        yield from _staged(source, CropStore.open(store_uri).spec, plan, lanes, range(first_step, last_step), micro)
+
+
+def plain_batches(
+    store_uri: str,
+    plan: Plan,
+    rank: int,
+    world: int,
+    first_step: int,
+    last_step: int,
+    *,
+    micro: int | None = None,
+    ahead_bytes: int = AHEAD_BYTES,
+) -> Iterator[Batch]:
+    """As `batches`, without Ray: threads of this process read ahead."""
+    lanes = plan.lanes_of(rank, world)
+    store = CropStore.open(store_uri)
+    source = Windows(store, plan, lanes, first_step, last_step, ahead_bytes)
+    with closing(source):
+        yield from _staged(source, store.spec, plan, lanes, range(first_step, last_step), micro)
+
+
+def _staged(
+    source: _Source, spec: CropSpec, plan: Plan, lanes: range, steps: range, micro: int | None
+) -> Iterator[Batch]:
+    staging = Staging(plan.largest_slice(lanes), spec)
+    for k in steps:
+        asked = time.perf_counter()
+        rows = len(plan.positions(k, lanes))
+        images = staging.take(rows)
+        source.fill(k, images.numpy().reshape(rows, spec.nbytes))
+        wait_s = time.perf_counter() - asked
+        size = micro or max(rows, 1)
+        for start in range(0, max(rows, 1), size):
+            part = slice(start, min(start + size, rows))
+            yield Batch(plan, lanes, k, images, part, start + size >= rows, 0.0 if start else wait_s)
