@@ -1,6 +1,8 @@
 # Needs python3 >= 3.11 with venv; everything else is installed into .venv/.
 PYTHON ?= python3
 BIN := .venv/bin
+# With it set, every Ray worker compiles all that it imports, again and again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: install quickstart test test-all lint constraints clean
 
