@@ -26,18 +26,12 @@ def each(
         memory_bytes: what Ray sets aside for each task.
 
     Raises:
-        CosmicError: the task's own, whatever process it ended in.
+        CosmicError: where the task raised one, with its text.
     """
     if workers == 0 or len(units) <= 1:
         for unit in units:
             yield task(**unit, **shared)
         return
-    yield from _on_ray(task, units, shared, workers, memory_bytes)
-
-
-def _on_ray(
-    task: Task, units: Sequence[dict[str, Any]], shared: dict[str, Any], workers: int | None, memory_bytes: int
-) -> Iterator[dict[str, Any]]:
     import ray
     from ray.data import TaskPoolStrategy
 
@@ -54,22 +48,22 @@ def _on_ray(
         num_cpus=1,
         memory=memory_bytes,
     )
-    try:
-        for block in results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-            for text in block["result"].to_pylist():
-                yield json.loads(text)
-    except ray.exceptions.RayError as error:
-        raise _own(error) or error from None
+    for block in results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        for text in block["result"].to_pylist():
+            result = json.loads(text)
+            if "error" in result:
+                raise CosmicError(result["error"])
+            yield result
 
 
 def _call(block: Any, task: Task, shared: dict[str, Any]) -> Any:
+    """An error that is the user's to mend comes back as a result: as an exception, Ray would bury it in its own."""
     import pyarrow as pa
 
-    return pa.table({"result": [json.dumps(task(**json.loads(text), **shared)) for text in block["unit"].to_pylist()]})
-
-
-def _own(error: BaseException | None) -> CosmicError | None:
-    """The `CosmicError` that a chain of Ray's errors wraps."""
-    while error is not None and not isinstance(error, CosmicError):
-        error = getattr(error, "cause", None) or error.__cause__
-    return error
+    results = []
+    for text in block["unit"].to_pylist():
+        try:
+            results.append(json.dumps(task(**json.loads(text), **shared)))
+        except CosmicError as error:
+            results.append(json.dumps({"error": str(error)}))
+    return pa.table({"result": results})
