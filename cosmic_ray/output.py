@@ -99,13 +99,25 @@ def read_manifest(uri: str) -> dict[str, Any]:
     """
     at = storage.join(uri, MANIFEST)
     try:
-        manifest = storage.read_json(at)
-    except NotFoundError:
-        problem = f"nothing is published here: no {MANIFEST}"
-        raise NotFoundError(uri, problem, "did the job that makes it end?") from None
+        manifest = json.loads(manifest_bytes(uri))
+    except ValueError as error:
+        raise DataError(at, f"not valid JSON: {error}") from None
     if not isinstance(manifest, dict):
         raise DataError(at, f"not a manifest but a JSON {type(manifest).__name__}")
     return manifest
+
+
+def manifest_bytes(uri: str) -> bytes:
+    """The stored bytes of the manifest of a published folder.
+
+    Raises:
+        NotFoundError: where nothing is published at `uri`.
+    """
+    try:
+        return storage.read_bytes(storage.join(uri, MANIFEST))
+    except NotFoundError:
+        problem = f"nothing is published here: no {MANIFEST}"
+        raise NotFoundError(uri, problem, "did the job that makes it end?") from None
 
 
 def encode(value: dict[str, Any]) -> bytes:

@@ -16,7 +16,7 @@ import xxhash
 
 from cosmic_ray import storage
 from cosmic_ray.errors import DataError, NotFoundError
-from cosmic_ray.output import MANIFEST, read_manifest
+from cosmic_ray.output import MANIFEST, manifest_bytes
 from cosmic_ray.stores import manifest as form
 from cosmic_ray.stores.columns import images, table_schema
 from cosmic_ray.stores.manifest import CropManifest, CropSpec, RowGroup
@@ -43,7 +43,7 @@ class CropStore:
             DataError: where there is no store, its version is unknown, or the manifest does not match its digests.
         """
         uri = storage.absolute(uri)
-        return cls(uri, form.parse_manifest(storage.join(uri, MANIFEST), read_manifest(uri)))
+        return cls(uri, form.parse_manifest(storage.join(uri, MANIFEST), manifest_bytes(uri)))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return CropStore.open, (self.uri,)
@@ -134,9 +134,13 @@ class CropStore:
         wanted = self._known(columns)
         if "image" in wanted:
             raise KeyError("image: metadata() never reads images; use batches() or crops()")
+        ends = np.cumsum([len(shard.row_groups) for shard in self.manifest.shards])
+        shards = [
+            range(end - len(shard.row_groups), end) for end, shard in zip(ends, self.manifest.shards, strict=True)
+        ]
         with ThreadPoolExecutor(_METADATA_THREADS) as pool:
-            parts = list(pool.map(lambda g: self.read_row_group(g, wanted), range(len(self.row_groups))))
-        return pa.concat_tables(parts).combine_chunks()
+            parts = pool.map(lambda groups: [self.read_row_group(group, wanted) for group in groups], shards)
+            return pa.concat_tables(part for shard in parts for part in shard).combine_chunks()
 
     def batches(self, size: int, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """All rows in stored order, `size` at a time; the last batch may be shorter."""

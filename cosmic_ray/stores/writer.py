@@ -184,7 +184,7 @@ def publish_store(
         job=job,
         shards=tuple(entry.shard for entry in shards),
     ).model_dump(mode="json")
-    record["digest"] = form.self_digest(record)
+    record["digest"] = form.self_digest(output.encode(record))
     target.publish(record)
     return record
 

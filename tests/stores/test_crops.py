@@ -313,6 +313,10 @@ def test_damaged_shards_are_named(crop_store: MakeStore):
     assert all(any(shard in problem for problem in problems) for shard in (first, second, third))
 
 
+def signed(tree: dict[str, Any]) -> bytes:
+    return output.encode({**tree, "digest": form.self_digest(output.encode({**tree, "digest": ""}))})
+
+
 def test_manifests_that_do_not_open(crop_store: MakeStore, tmp_path: Path):
     store = crop_store(16)
     at = Path(store.uri) / "manifest.json"
@@ -320,8 +324,7 @@ def test_manifests_that_do_not_open(crop_store: MakeStore, tmp_path: Path):
 
     def opened(**changes: Any) -> None:
         tree = {**good, **changes}
-        tree["digest"] = form.self_digest(tree)
-        at.write_bytes(output.encode(tree))
+        at.write_bytes(signed(tree))
         CropStore.open(store.uri)
 
     opened()
@@ -379,8 +382,7 @@ def test_a_store_of_millions_opens_at_once(crop_store: MakeStore):
     spec = CropSpec.model_validate(tree["spec"])
     groups = [form.StoredGroup(*group) for group in shard["row_groups"]] * 5400
     tree |= {"rows": 5400 * 32, "content_hash": form.content_hash(spec, {}, groups)}
-    tree["digest"] = form.self_digest(tree)
-    (Path(store.uri) / "manifest.json").write_bytes(output.encode(tree))
+    (Path(store.uri) / "manifest.json").write_bytes(signed(tree))
     started = time.process_time()
     large = CropStore.open(store.uri)
     assert len(large.row_groups) == 21_600 and large.group_starts[-1] == len(large)
