@@ -15,7 +15,7 @@ import typer
 from cosmic_ray import jobs
 from cosmic_ray.config import Job
 from cosmic_ray.errors import CosmicError, JobError
-from cosmic_ray.progress import say
+from cosmic_ray.progress import progress, say
 
 app = typer.Typer(
     help="Train models that translate between nuclear morphology and gene expression, on Ray.",
@@ -178,18 +178,19 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """Print what a published folder holds; a crop store's montage too."""
+    from cosmic_ray import storage
     from cosmic_ray.output import read_manifest
-    from cosmic_ray.stores.crops import FORMAT, CropStore
-    from cosmic_ray.stores.show import describe_store, montage_png
+    from cosmic_ray.stores.crops import CropStore
+    from cosmic_ray.stores.manifest import FORMAT
+    from cosmic_ray.stores.show import describe_store
+    from cosmic_ray.stores.show import montage as drawn
 
     manifest = read_manifest(uri)
     if manifest.get("format") != FORMAT:
         _print(manifest, as_json)
         return
     store = CropStore.open(uri)
-    from cosmic_ray import storage
-
-    storage.write_bytes(montage, montage_png(store))
+    storage.write_bytes(montage, drawn(store))
     _print({**describe_store(store), "montage": montage}, as_json)
 
 
@@ -222,7 +223,8 @@ def verify(
     """Read a crop store again from end to end and check every sum; exit 1 where something is wrong."""
     from cosmic_ray.stores.verify import verify_store
 
-    problems = verify_store(uri)
+    with progress("verify", None, "shards") as shown:
+        problems = verify_store(uri, shown)
     if as_json:
         print(json.dumps({"uri": uri, "problems": problems}))
     else:

@@ -1,0 +1,243 @@
+"""What each part of the report says, made from what the jobs published."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from cosmic_ray import storage
+from cosmic_ray.errors import NotFoundError
+from cosmic_ray.evaluation import figures, probe
+from cosmic_ray.evaluation.page import Section, Table
+from cosmic_ray.output import read_manifest
+from cosmic_ray.stores.crops import CropStore
+from cosmic_ray.stores.show import montage
+from cosmic_ray.stores.split import Split
+
+PARTS = ("train", "val", "test")
+_MAPPED = 4000
+_CLASSES = 12
+
+
+@dataclass
+class Part:
+    """Sections of the page, tiles above it, and figures for `summary.json`."""
+
+    sections: list[Section]
+    tiles: list[tuple[Any, str]]
+    facts: dict[str, Any]
+
+
+def crops(store: CropStore, split: Split) -> Part:
+    """What went in, what was left out and why, a montage, and the split."""
+    statistics = store.manifest.statistics
+    build = statistics.get("build", {})
+    objects, rejected = build.get("objects", len(store)), build.get("objects_rejected", {})
+    fields, fields_rejected = build.get("fields"), build.get("fields_rejected", {})
+    sizes = {name: int((split.codes == code).sum()) for code, name in enumerate(PARTS)}
+    went_in = Section(
+        "What went in",
+        notes=[
+            f"{objects:,} objects were found; {len(store):,} became crops. Why the rest was left out, the bars tell.",
+            f"Intensities: {store.manifest.intensity.description}.",
+        ],
+        figures=[
+            figures.bars({"crops kept": len(store), **rejected}, "objects found, by what became of them"),
+            figures.bars(fields_rejected, "fields left out, by reason") if fields_rejected else "",
+        ],
+        tables=[
+            _counts_table("source", statistics["rows_by_source"]),
+            _counts_table("plate", statistics["rows_by_plate"]),
+            _counts_table("cell line", statistics["rows_by_cell_line"]),
+            *_rejected_fields(store.uri),
+        ],
+    )
+    went_in.figures = [figure for figure in went_in.figures if figure]
+    look = Section("The crops", wide=[_pixels(montage(store, 72), "Crops taken evenly over the store.")])
+    spread = Section(
+        "The split",
+        notes=["Training reads train, choices are made on val, test stays closed. Groups are never divided."],
+        figures=[figures.bars(sizes, "crops")],
+    )
+    tiles = [(fields, "fields"), (objects, "objects found"), (len(store), "crops kept")]
+    facts = {
+        "fields": fields,
+        "fields_rejected": fields_rejected,
+        "objects": objects,
+        "objects_rejected": rejected,
+        "crops": len(store),
+        "split": sizes,
+        "content_hash": store.content_hash,
+    }
+    return Part([went_in, look, spread], [tile for tile in tiles if tile[0] is not None], facts)
+
+
+def training(uri: str) -> Part:
+    """Curves, reconstructions, throughput of a training run."""
+    manifest = read_manifest(uri)
+    lines = [json.loads(line) for line in storage.read_bytes(storage.join(uri, "metrics.jsonl")).splitlines() if line]
+    curve = {name: _curve(lines, name) for name in sorted({key for line in lines for key in line} - {"step", "time"})}
+
+    def chosen(*names: str) -> dict[str, Any]:
+        return {name: curve[name] for name in names if name in curve and curve[name][0]}
+
+    drawn = Section(
+        "Training",
+        figures=[
+            figures.curves(chosen("train/loss", "val/loss"), "loss", log=True),
+            figures.curves(chosen("train/lr"), "learning rate"),
+            figures.curves(chosen("train/grad_norm"), "gradient norm before clipping", log=True),
+            figures.curves(chosen("train/images_per_s"), "images/s, all workers"),
+            figures.curves(chosen("train/data_wait_share"), "share of the time spent waiting for data"),
+        ],
+    )
+    sections = [drawn]
+    try:
+        picture = storage.read_bytes(storage.join(uri, "reconstructions.png"))
+        words = "Held-out crops: what the encoder saw, what the decoder made of it, and the crop itself."
+        sections.append(Section("Reconstructions", wide=[_pixels(picture, words)]))
+    except NotFoundError:
+        pass
+    facts = {
+        "steps": max((line["step"] for line in lines), default=0),
+        "train_loss": _last(curve, "train/loss"),
+        "val_loss": _last(curve, "val/loss"),
+        "images_per_s": _median(curve, "train/images_per_s"),
+        "data_wait_share": _median(curve, "train/data_wait_share"),
+        "model": manifest.get("model"),
+    }
+    tiles = [
+        (facts["steps"], "training steps"),
+        (facts["val_loss"], "loss on val"),
+        (facts["images_per_s"], "images/s (median)"),
+        (facts["data_wait_share"], "share waiting for data (median)"),
+    ]
+    return Part(sections, tiles, {"training": facts})
+
+
+def embedding(uri: str, store: CropStore, split: Split, seed: int) -> Part:
+    """Maps of the embedding, and how well a linear model reads the cell line from it on val."""
+    vectors = embeddings_of(uri)
+    if len(vectors) != len(store):
+        from cosmic_ray.errors import DataError
+
+        raise DataError(uri, f"{len(vectors):,} embeddings for a store of {len(store):,} crops", "embed this store")
+    about = store.metadata(["cell_line", "treatment", "plate", "area_px", "eccentricity", "mean_intensity"])
+    shown = np.sort(np.random.default_rng(seed).permutation(len(store))[:_MAPPED])
+    colours = _colours(about, shown)
+    points, axes = _principal(vectors, shown), "principal components"
+    drawn = [figures.scatter(points, values, f"{name} ({axes})") for name, values in colours.items()]
+    if len(shown) >= 50:
+        mapped = _umap(vectors[shown], seed)
+        drawn = [figures.scatter(mapped, values, f"{name} (UMAP)") for name, values in colours.items()] + drawn[:1]
+    section = Section("What the embedding shows", figures=drawn)
+    facts: dict[str, Any] = {"width": int(vectors.shape[1]), "rows": len(vectors)}
+    lines = np.array(about["cell_line"].to_pylist())
+    if 2 <= len(set(lines)) <= _CLASSES:
+        read = _read_cell_line(vectors, about, lines, split, seed)
+        facts["cell_line_balanced_accuracy_on_val"] = read
+        section.notes.append(
+            "A linear model fitted on train tells the cell line of val crops with balanced accuracy "
+            f"{read['embedding']:.3f} from the embedding and {read['area, eccentricity, brightness']:.3f} from area, "
+            f"eccentricity and brightness alone (chance {1 / len(set(lines)):.3f})."
+        )
+    return Part([section], [(facts["width"], "numbers an embedding")], {"embedding": facts})
+
+
+def embeddings_of(uri: str) -> np.ndarray:
+    """The embeddings published at `uri`, in store order: float32 (N, D)."""
+    import pyarrow.parquet as pq
+
+    tables = [pq.read_table(storage.open_read(part)) for part in storage.listing(uri, "part-*.parquet")]
+    column = pa.concat_tables(tables)["embedding"].combine_chunks()
+    return column.flatten().to_numpy().reshape(len(column), -1)
+
+
+def origin(inputs: Mapping[str, str], manifests: Mapping[str, Mapping[str, Any]]) -> Section:
+    """Where everything came from: URIs, hashes, and the resolved jobs."""
+    rows = [[key, uri, manifests[key].get("content_hash") or ""] for key, uri in inputs.items()]
+    jobs = [{"title": f"{key}: the job", "body": json.dumps(manifests[key].get("job", {}), indent=1)} for key in inputs]
+    return Section("Where it came from", tables=[Table(["input", "URI", "content hash"], rows)], listings=jobs)
+
+
+def _counts_table(name: str, counts: Mapping[str, int]) -> Table:
+    rows = sorted(counts.items(), key=lambda item: -item[1])
+    folded = f"crops by {name} ({len(rows)})"
+    return Table([name, "crops"], [[key or "(none)", count] for key, count in rows[:100]], folded)
+
+
+def _rejected_fields(uri: str) -> list[Table]:
+    import pyarrow.parquet as pq
+
+    try:
+        rejected = pq.read_table(storage.open_read(storage.join(uri, "rejected.parquet")))
+    except NotFoundError:
+        return []
+    names = [
+        name for name in ("plate", "well", "site", "reason", "detail", "field_uri") if name in rejected.column_names
+    ]
+    rows = [list(row.values()) for row in rejected.select(names).slice(0, 200).to_pylist()]
+    return [Table(names, rows, f"fields left out ({rejected.num_rows})")] if rows else []
+
+
+def _pixels(png: bytes, words: str) -> dict[str, str]:
+    return {"uri": figures.png_uri(png), "alt": words}
+
+
+def _curve(lines: list[dict[str, Any]], name: str) -> tuple[list[float], list[float]]:
+    """Steps and values; of a step told twice (replayed after a kill) the later telling."""
+    points = {line["step"]: line[name] for line in lines if name in line}
+    return list(points), list(points.values())
+
+
+def _last(curve: Mapping[str, tuple[list[float], list[float]]], name: str) -> float | None:
+    return curve[name][1][-1] if curve.get(name, ([], []))[1] else None
+
+
+def _median(curve: Mapping[str, tuple[list[float], list[float]]], name: str) -> float | None:
+    return float(np.median(curve[name][1])) if curve.get(name, ([], []))[1] else None
+
+
+def _colours(about: pa.Table, shown: np.ndarray) -> dict[str, np.ndarray]:
+    """What to colour a map by: every category with 2 to 12 values, then area."""
+    found = {}
+    for name in ("cell_line", "treatment", "plate"):
+        values = np.array(about[name].to_pylist())[shown]
+        if 2 <= len(set(values)) <= _CLASSES:
+            found[name.replace("_", " ")] = values
+    found["area (px)"] = about["area_px"].to_numpy()[shown].astype(float)
+    return found
+
+
+def _principal(vectors: np.ndarray, shown: np.ndarray) -> np.ndarray:
+    from sklearn.decomposition import PCA
+
+    return PCA(2, svd_solver="randomized", random_state=0).fit_transform(vectors[shown])
+
+
+def _umap(vectors: np.ndarray, seed: int) -> np.ndarray:
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from umap import UMAP
+
+        return UMAP(random_state=seed, n_neighbors=15, min_dist=0.2).fit_transform(vectors)
+
+
+def _read_cell_line(
+    vectors: np.ndarray, about: pa.Table, lines: np.ndarray, split: Split, seed: int
+) -> dict[str, float]:
+    """Balanced accuracy on val; the penalty is chosen on a fifth of train, so val is not fitted on in any way."""
+    train = np.random.default_rng(seed).permutation(split.rows("train"))[:20_000]
+    parts = probe.Split3(train[len(train) // 5 :], train[: len(train) // 5], split.rows("val"))
+    simple = np.stack([about[name].to_numpy() for name in ("area_px", "eccentricity", "mean_intensity")], 1)
+    return {
+        "embedding": probe.logistic_accuracy(vectors, lines, parts),
+        "area, eccentricity, brightness": probe.logistic_accuracy(simple.astype(float), lines, parts),
+    }
