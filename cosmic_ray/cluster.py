@@ -7,6 +7,10 @@ import os
 from dataclasses import dataclass
 
 
+# What they warn of is what we asked for: a local cluster of our own, without Ray Data's progress bars.
+_NOISY = ("ray._private.authentication.authentication_token_setup", "ray.data._internal.progress")
+
+
 @dataclass(frozen=True)
 class Resources:
     """What the connected cluster has, in logical units, summed over its live nodes."""
@@ -27,6 +31,8 @@ def connect(num_cpus: int | None = None) -> Resources:
     import ray
     from ray.data import DataContext
 
+    for name in _NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     if not ray.is_initialized():
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         local = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": num_cpus, "include_dashboard": False}
@@ -34,7 +40,6 @@ def connect(num_cpus: int | None = None) -> Resources:
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
     return resources()
 
 

@@ -74,9 +74,10 @@ class Report(Job):
         inputs = {key: uri for key in ("crops", "split", "training", "embeddings") if (uri := getattr(self, key))}
         manifests = {key: read_manifest(uri) for key, uri in inputs.items()}
         summary = {"simulated": store.simulated} | {key: value for part in parts for key, value in part.facts.items()}
+        shape, channels = "x".join(map(str, store.spec.shape)), ", ".join(store.spec.channels)
         page = Page(
             title=self.title,
-            subtitle=f"{len(store):,} crops of {'x'.join(map(str, store.spec.shape))} ({', '.join(store.spec.channels)})",
+            subtitle=f"{len(store):,} crops of {shape} ({channels})",
             simulated=store.simulated,
             tiles=[tile for part in parts for tile in part.tiles],
             sections=[section for part in parts for section in part.sections] + [sections.origin(inputs, manifests)],
