@@ -6,7 +6,6 @@ import logging
 import os
 from dataclasses import dataclass
 
-
 # What they warn of is what we asked for: a local cluster of our own, without Ray Data's progress bars.
 _NOISY = ("ray._private.authentication.authentication_token_setup", "ray.data._internal.progress")
 
@@ -31,6 +30,7 @@ def connect(num_cpus: int | None = None) -> Resources:
     import ray
     from ray.data import DataContext
 
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
     for name in _NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
     if not ray.is_initialized():
