@@ -105,13 +105,13 @@ class StoredModel:
     uri: str
     config: ModelConfig
     card: str
-    _weights: bytes
+    weights: bytes
 
     def network(self) -> torch.nn.Module:
         """The network with its weights, on the CPU, in evaluation mode: float32 (N, C', size, size) -> (N, D)."""
         from safetensors.torch import load
 
-        return build_network(self.config.network, load(self._weights))
+        return build_network(self.config.network, load(self.weights))
 
 
 def write_model(
@@ -161,11 +161,16 @@ def write_model(
         },
         "model",
     )
-    storage.delete(storage.join(folder_uri, CONFIG))
-    storage.write_bytes(storage.join(folder_uri, WEIGHTS), weights)
-    storage.write_bytes(storage.join(folder_uri, CARD), card.encode())
-    storage.write_bytes(storage.join(folder_uri, CONFIG), encode(_plain(config)))
+    copy_model(StoredModel(folder_uri, config, card, weights), folder_uri)
     return config
+
+
+def copy_model(stored: StoredModel, folder_uri: str) -> None:
+    """Write a model that was read to another folder, `config.json` last."""
+    storage.delete(storage.join(folder_uri, CONFIG))
+    storage.write_bytes(storage.join(folder_uri, WEIGHTS), stored.weights)
+    storage.write_bytes(storage.join(folder_uri, CARD), stored.card.encode())
+    storage.write_bytes(storage.join(folder_uri, CONFIG), encode(_plain(stored.config)))
 
 
 def read_config(uri: str) -> ModelConfig:

@@ -7,12 +7,11 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cosmic_ray import storage
 from cosmic_ray.errors import JobError
 from cosmic_ray.progress import say
 from cosmic_ray.registry import server
 from cosmic_ray.registry.lineage import lineage_tags
-from cosmic_ray.registry.package import CARD, CONFIG, WEIGHTS, StoredModel, read_model
+from cosmic_ray.registry.package import CARD, StoredModel, copy_model, read_model
 from cosmic_ray.registry.scrub import scrub
 
 if TYPE_CHECKING:
@@ -122,8 +121,7 @@ def _log(client: MlflowClient, uri: str, model: StoredModel, name: str, run_id: 
     logged = client.create_logged_model(experiment, name, run_id, model_tags(model), model_type=model.config.kind)
     with tempfile.TemporaryDirectory() as scratch:
         here = Path(scratch, FOLDER)
-        for part in (WEIGHTS, CARD, CONFIG):
-            storage.write_bytes(str(here / part), storage.read_bytes(storage.join(model.uri, part)))
+        copy_model(model, str(here))
         package = Path(scratch, "package")
         mlflow.pyfunc.save_model(
             path=str(package),

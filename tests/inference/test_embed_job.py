@@ -1,0 +1,214 @@
+"""Embedding a store with Ray Data: the numbers of one process, whatever happens on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from tiny_encoder import SIDE, export
+
+import cosmic_ray
+from cosmic_ray import storage
+from cosmic_ray.errors import DataError, JobError
+from cosmic_ray.inference.embed import Embed
+from cosmic_ray.registry.register import register_model
+
+ROWS = 75
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    export(str(tmp_path / "model"))
+    return str(tmp_path / "model")
+
+
+def job(store, model: str, out: str, **keys: object) -> Embed:
+    return Embed(store=store.uri, model=model, out=out, batch_size=8, part_rows=20, workers=2, **keys)
+
+
+def parts(out: str) -> pa.Table:
+    return pa.concat_tables([pq.read_table(storage.open_read(uri)) for uri in storage.listing(out, "part-*.parquet")])
+
+
+def vectors(table: pa.Table) -> np.ndarray:
+    return np.array(table["embedding"].to_pylist(), np.float32)
+
+
+def annotated(out: str, tmp_path: Path) -> anndata.AnnData:
+    path = tmp_path / "read.h5ad"
+    path.write_bytes(storage.read_bytes(f"{out}/embeddings.h5ad"))
+    return anndata.read_h5ad(path)
+
+
+def in_process(model: str, store) -> np.ndarray:
+    return cosmic_ray.load_model(model, device="cpu").embed(store.crops(np.arange(len(store))), batch_size=8)
+
+
+@pytest.mark.slow
+def test_parts_and_anndata_hold_what_one_process_computes(ray_local, crop_store, model, home, tmp_path):
+    store = crop_store(ROWS, columns={"q_focus": np.linspace(0, 1, ROWS, dtype=np.float32)})
+    results = job(store, model, f"{home}/out").run()
+    wanted = in_process(model, store)
+    table = parts(f"{home}/out")
+    np.testing.assert_array_equal(vectors(table), wanted)
+    about = store.metadata([name for name in store.columns if name != "image"])
+    assert table["crop_id"].to_pylist() == about["crop_id"].to_pylist()
+    assert table.schema.field("embedding").type == pa.list_(pa.float32(), 24)
+    found = annotated(f"{home}/out", tmp_path)
+    np.testing.assert_array_equal(found.X, wanted)
+    assert found.obs_names.tolist() == about["crop_id"].to_pylist()
+    assert found.obs["plate"].tolist() == about["plate"].to_pylist()
+    np.testing.assert_array_equal(found.obs["q_focus"], about["q_focus"])
+    assert results["rows"] == ROWS
+    assert results["width"] == 24
+    assert results["parts"] == 4
+    assert results["simulated"]
+    assert results["crops_per_s"] > 0
+    assert 0 <= results["data_wait_share"] <= 1
+    assert Embed(store=store.uri, model=model, out=f"{home}/out", batch_size=8, part_rows=20).run() == {
+        key: results[key] for key in ("rows", "width", "content_hash", "simulated", "parts")
+    }
+
+
+@pytest.mark.slow
+def test_the_lineage_goes_along_and_an_alias_is_pinned(ray_local, crop_store, model, tmp_path, tracking):
+    store, out = crop_store(ROWS), str(tmp_path / "out")
+    version = register_model(model, "embedder", tracking=tracking)
+    job(store, "models:/embedder@candidate", out, tracking_uri=tracking).run()
+    manifest = json.loads(Path(out, "manifest.json").read_text())
+    config = json.loads(Path(model, "config.json").read_text())
+    assert manifest["lineage"] == {
+        "store": {"uri": store.uri, "content_hash": store.content_hash},
+        "model": {
+            "uri": f"models:/embedder/{version}",
+            "content_hash": config["digest"],
+            "lineage": config["lineage"],
+        },
+    }
+    assert manifest["simulated"]
+    uns = annotated(out, tmp_path).uns["cosmic_ray"]
+    assert json.loads(uns["lineage"]) == manifest["lineage"]
+    assert uns["content_hash"] == manifest["content_hash"]
+    np.testing.assert_array_equal(vectors(parts(out)), in_process(model, store))
+
+
+@pytest.mark.slow
+def test_damaged_input_is_named_and_what_was_done_is_kept(ray_local, crop_store, model, tmp_path):
+    store, out = crop_store(ROWS), str(tmp_path / "out")
+    shard = Path(store.row_groups[-1].shard)
+    whole = shard.read_bytes()
+    group = store.row_groups[-1]
+    shard.write_bytes(whole[: group.offset] + b"damage" + whole[group.offset + 6 :])
+    with pytest.raises(DataError, match=shard.name):
+        job(store, model, out).run()
+    done = {uri: Path(uri).stat().st_mtime_ns for uri in storage.listing(out, "part-*.parquet")}
+    assert not Path(out, "manifest.json").exists()
+    shard.write_bytes(whole)
+    job(store, model, out).run()
+    assert {uri: Path(uri).stat().st_mtime_ns for uri in done} == done, "a finished part is not made again"
+    np.testing.assert_array_equal(vectors(parts(out)), in_process(model, store))
+
+
+KILLED = """
+import sys
+from cosmic_ray.inference.embed import Embed
+Embed(store=sys.argv[1], model=sys.argv[2], out=sys.argv[3], batch_size=8, part_rows=8, workers=1).run()
+"""
+
+
+@pytest.mark.slow
+def test_killed_outright_it_ends_with_the_same_bytes(ray_local, crop_store, model, tmp_path):
+    import ray
+
+    store, out = crop_store(2400), str(tmp_path / "out")
+    address = ray.get_runtime_context().gcs_address
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, store.uri, model, out],
+        env={**os.environ, "RAY_ADDRESS": address},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while process.poll() is None and not Path(out, "part-00002.json").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert 3 <= len(storage.listing(out, "part-*.json")) < 300
+    assert not Path(out, "manifest.json").exists()
+    again = Embed(store=store.uri, model=model, out=out, batch_size=8, part_rows=8, workers=2).run()
+    whole = Embed(store=store.uri, model=model, out=f"{out}-whole", batch_size=8, part_rows=8, workers=1).run()
+    assert again["content_hash"] == whole["content_hash"]
+    for name in [f"part-{part:05}.{end}" for part in range(300) for end in ("parquet", "json")]:
+        assert Path(out, name).read_bytes() == Path(f"{out}-whole", name).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_continued_run_with_other_inputs_is_refused(ray_local, crop_store, model, tmp_path):
+    store, out = crop_store(ROWS), str(tmp_path / "out")
+    job(store, model, out).run()
+    for name in ("manifest.json", "part-00001.json"):
+        Path(out, name).unlink()
+    export(model, seed=1)
+    with pytest.raises(DataError, match="began with model"):
+        job(store, model, out).run()
+
+
+@pytest.mark.slow
+def test_more_workers_than_the_cluster_holds_are_refused(ray_local, crop_store, model, tmp_path):
+    store = crop_store(8)
+    with pytest.raises(JobError, match="at most 4 fit") as refused:
+        Embed(store=store.uri, model=model, out=str(tmp_path / "out"), workers=5).run()
+    assert refused.value.key == "workers"
+    with pytest.raises(JobError, match="1 accelerators; the cluster has 4 CPUs and 0"):
+        Embed(store=store.uri, model=model, out=str(tmp_path / "out2"), gpus_per_worker=1).run()
+
+
+@pytest.mark.parametrize(
+    ("keys", "key", "says"),
+    [
+        ({"store": "/no/store"}, "store", "nothing is published"),
+        ({"model": "/no/model"}, "model", "no model is here"),
+        ({"model": "models:/morphology-fm@latest"}, "model", "name an alias or a version"),
+        ({"split": "/no/split"}, "split", "no split is published"),
+    ],
+)
+def test_missing_inputs_are_refused_before_anything_starts(crop_store, model, tmp_path, keys, key, says):
+    whole = {"store": crop_store(8).uri, "model": model, "out": str(tmp_path / "out")}
+    Embed(**whole).check()
+    with pytest.raises(JobError, match=says) as refused:
+        Embed(**{**whole, **keys}).check()
+    assert refused.value.key == key
+    assert not Path(tmp_path, "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("store", "channels", "says"),
+    [
+        ({"size": SIDE * 2}, 1, r"takes crops of \(1, 16, 16\)"),
+        ({"channels": 2}, 1, "takes crops"),
+        ({}, 2, "takes crops"),
+    ],
+)
+def test_a_model_that_does_not_take_the_stores_crops_is_refused(crop_store, tmp_path, store, channels, says):
+    export(str(tmp_path / "model"), channels=channels)
+    with pytest.raises(JobError, match=says):
+        Embed(store=crop_store(4, **store).uri, model=str(tmp_path / "model"), out=str(tmp_path / "out")).check()
+
+
+def test_of_several_channels_the_order_counts(crop_store, tmp_path):
+    store, folder = crop_store(4, channels=2), str(tmp_path / "model")
+    spec = {"height": SIDE, "width": SIDE}
+    export(folder, channels=2, input_spec={"channels": ["channel-0", "channel-1"], **spec})
+    Embed(store=store.uri, model=folder, out=str(tmp_path / "out")).check()
+    export(folder, channels=2, input_spec={"channels": ["channel-1", "channel-0"], **spec})
+    with pytest.raises(JobError, match="takes channels"):
+        Embed(store=store.uri, model=folder, out=str(tmp_path / "out")).check()
