@@ -6,6 +6,9 @@ import logging
 import os
 from dataclasses import dataclass
 
+from cosmic_ray import storage
+from cosmic_ray.errors import JobError
+
 # What they warn of is what we asked for: a local cluster of our own, without Ray Data's progress bars.
 _NOISY = ("ray._private.authentication.authentication_token_setup", "ray.data._internal.progress")
 
@@ -55,3 +58,33 @@ def resources() -> Resources:
         memory_bytes=total.get("memory", 0.0),
         object_store_bytes=total.get("object_store_memory", 0.0),
     )
+
+
+def require_seen_everywhere(paths: dict[str, str]) -> None:
+    """Check that every live node sees what lies on this machine's file systems; other URIs are not looked at.
+
+    Args:
+        paths: key of the job that names it -> URI of a file or folder that is there.
+
+    Raises:
+        JobError: naming the key, the path and the nodes that do not see it.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    local = {key: storage.absolute(uri) for key, uri in paths.items() if storage.is_local(uri)}
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if len(nodes) < 2 or not local:
+        return
+    look = ray.remote(num_cpus=0, max_retries=0)(_seen)
+    at = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
+    found = ray.get([look.options(scheduling_strategy=where).remote(list(local.values())) for where in at], timeout=60)
+    for position, (key, path) in enumerate(local.items()):
+        blind = [node["NodeManagerAddress"] for node, seen in zip(nodes, found, strict=True) if not seen[position]]
+        if blind:
+            problem = f"lies on this machine; {', '.join(blind)} would not see it"
+            raise JobError(key, path, problem, "use s3://, or a folder that all nodes mount")
+
+
+def _seen(paths: list[str]) -> list[bool]:
+    return [storage.exists(path) for path in paths]

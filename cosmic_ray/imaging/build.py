@@ -45,7 +45,8 @@ def build(job: BuildCrops) -> dict[str, Any]:
 def _results(output: Output) -> dict[str, Any]:
     manifest = output.manifest()
     about = {key: manifest[key] for key in ("rows", "content_hash", "simulated")}
-    return {"out": output.uri, **about, "shards": len(manifest["shards"]), **manifest["statistics"]["build"]}
+    counted = {key: value for key, value in manifest["statistics"]["build"].items() if key != "intensity_lines"}
+    return {"out": output.uri, **about, "shards": len(manifest["shards"]), **counted}
 
 
 def _build(job: BuildCrops, output: Output) -> None:
@@ -115,7 +116,9 @@ def _find(job: BuildCrops, output: Output, chunks: Sequence[Sequence[Entry]]) ->
 
 
 def _tasks(job: BuildCrops, task: Any, units: list[dict[str, Any]], shared: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    return each(task, units, {"job": job, **shared}, job.workers, int(job.memory_gib * 2**30))
+    seen = {job.key_of(name): source.uri for name, source in job.catalogues.items()}
+    seen["out"] = storage.join(shared["out"], CATALOGUE)
+    return each(task, units, {"job": job, **shared}, job.workers, int(job.memory_gib * 2**30), seen)
 
 
 def _outcomes(output: Output, chunks: Sequence[Sequence[Entry]], sidecars: Sequence[Chunk]) -> list[dict[str, Any]]:

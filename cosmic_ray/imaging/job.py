@@ -117,6 +117,10 @@ class BuildCrops(Job):
         """All sources by name; a single one is called `source`."""
         return {"source": self.source} if self.source is not None else self.sources
 
+    def key_of(self, name: str) -> str:
+        """Where in the job the URI of the source `name` stands."""
+        return "source.uri" if self.source is not None else f"sources.{name}.uri"
+
     @property
     def channels(self) -> tuple[str, ...]:
         """Names of the channels of a crop."""
@@ -141,9 +145,9 @@ class BuildCrops(Job):
     def check(self) -> None:
         """Check that every source is there."""
         for name, source in self.catalogues.items():
-            key = "source.uri" if self.source is not None else f"sources.{name}.uri"
             if not storage.exists(source.uri):
-                raise JobError(key, source.uri, "nothing is there", "give a folder, a table, or s3://bucket/prefix")
+                remedy = "give a folder, a table, or s3://bucket/prefix"
+                raise JobError(self.key_of(name), source.uri, "nothing is there", remedy)
 
     def run(self) -> dict[str, Any]:
         """Build the store, or find it built.

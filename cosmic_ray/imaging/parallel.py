@@ -12,7 +12,12 @@ Task = Callable[..., dict[str, Any]]
 
 
 def each(
-    task: Task, units: Sequence[dict[str, Any]], shared: dict[str, Any], workers: int | None, memory_bytes: int
+    task: Task,
+    units: Sequence[dict[str, Any]],
+    shared: dict[str, Any],
+    workers: int | None,
+    memory_bytes: int,
+    seen: dict[str, str],
 ) -> Iterator[dict[str, Any]]:
     """Call `task(**unit, **shared)` for every unit and yield what it returns, in the order in which they end.
 
@@ -24,9 +29,11 @@ def each(
         shared: the same for all, sent once.
         workers: tasks at a time; None for one a CPU, 0 for this process and no Ray.
         memory_bytes: what Ray sets aside for each task.
+        seen: key of the job -> URI that every node has to see.
 
     Raises:
         CosmicError: where the task raised one, with its text.
+        JobError: where a node does not see a local path.
     """
     if workers == 0 or len(units) <= 1:
         for unit in units:
@@ -35,9 +42,10 @@ def each(
     import ray
     from ray.data import TaskPoolStrategy
 
-    from cosmic_ray.cluster import connect
+    from cosmic_ray.cluster import connect, require_seen_everywhere
 
     connect(workers)
+    require_seen_everywhere(seen)
     items = [{"unit": json.dumps(unit)} for unit in units]
     results = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         _call,
