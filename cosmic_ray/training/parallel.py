@@ -33,6 +33,8 @@ def wrap(network: nn.Module, blocks: Sequence[nn.Module], strategy: Strategy, co
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         wrapped = DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
+    # Gradients of another memory layout than their parameters are copied; that is all that this warning says.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     wrapped.register_comm_hook(None, _summed)
     return wrapped
 

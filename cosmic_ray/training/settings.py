@@ -114,3 +114,16 @@ class Scaling(Config):
     hang_timeout_s: float = Field(600.0, gt=0)
     """A worker without progress for so long is ended, and the run goes on from its newest checkpoint. It must exceed
     the longest step, the compilation of the first one included."""
+
+
+class Tracking(Config):
+    """MLflow: one run for this job, however often it is interrupted, and the registered model."""
+
+    uri: str | None = None
+    """Tracking URI; by default MLFLOW_TRACKING_URI, else `sqlite:///runs/mlflow.db` in the working directory."""
+
+    register_as: str | None = "morphology-fm"
+    """Name of the registered model; null registers none."""
+
+    alias: str = "candidate"
+    """Alias of the version that this run registers."""

@@ -1,0 +1,235 @@
+"""From a `pretrain-mae` job to its parts: inputs, plan, network, loop; the same in a worker and in a plain process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from cosmic_ray import storage
+from cosmic_ray.errors import JobError, NotFoundError
+from cosmic_ray.training import checkpoint
+from cosmic_ray.training.settings import Scaling
+
+if TYPE_CHECKING:
+    import torch
+
+    from cosmic_ray.ingest.plan import Plan
+    from cosmic_ray.models.mae import MAEConfig
+    from cosmic_ray.stores.crops import CropStore
+    from cosmic_ray.stores.split import Split
+    from cosmic_ray.training.data import Stream
+    from cosmic_ray.training.job import PretrainMAE
+    from cosmic_ray.training.loop import Callback, Loop
+    from cosmic_ray.training.mae import MAEObjective
+
+CHECKPOINTS = "checkpoints"
+MODEL_DECODER = ("mask_ratio", "decoder_dim", "decoder_depth", "decoder_heads", "background_weight")
+MODEL_ENCODER = ("img_size", "patch_size", "embed_dim", "depth", "num_heads")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a job reads and what follows from it."""
+
+    store: CropStore
+    split: Split
+    plan: Plan
+    steps: int
+    model: MAEConfig
+
+
+def inputs(job: PretrainMAE) -> Inputs:
+    """Open the store and its split, and make the plan.
+
+    Raises:
+        JobError: where an input is missing or does not fit the job.
+        DataError: where an input is damaged.
+    """
+    from cosmic_ray.ingest.plan import Plan
+    from cosmic_ray.ingest.selection import Selection
+    from cosmic_ray.stores.crops import CropStore
+    from cosmic_ray.stores.split import Split
+
+    store = _opened("crops", job.crops, lambda: CropStore.open(job.crops), "build-crops")
+    split = _opened("split", job.split, lambda: Split.open(job.split, store), "split")
+    model = mae_config(job, store)
+    selection = Selection.of(store, split, "train")
+    order = job.data
+    plan = Plan.fitted(
+        store.content_hash,
+        selection,
+        job.global_batch,
+        job.seed,
+        lanes=order.lanes,
+        window=order.window,
+        remainder=order.remainder,
+    )
+    return Inputs(store, split, plan, job.steps or plan.steps(job.epochs), model)
+
+
+def check(job: PretrainMAE) -> None:
+    """Everything that can be known without Ray. Raises as `inputs`."""
+    from cosmic_ray.registry.load import check_model_uri
+    from cosmic_ray.registry.register import check_alias
+    from cosmic_ray.training.data import require_shares
+
+    found = inputs(job)
+    found.plan.lanes_of(0, job.scaling.workers)
+    require_shares(found.plan, job.scaling.workers)
+    if job.init_from:
+        check_model_uri(job.init_from, "init_from")
+    if job.tracking:
+        check_alias(job.tracking.alias, "tracking.alias")
+    require_disk(job, parameters(found.model))
+
+
+def require_disk(job: PretrainMAE, count: int) -> None:
+    """Raise JobError where the disk has no room for the checkpoints that are kept and one more."""
+    if not storage.is_local(job.out):
+        return
+    path = storage.local_path(storage.absolute(job.out))
+    while not path.exists():
+        path = path.parent
+    one = 4 * count * (4 if job.ema else 3)
+    needed, free = one * (job.checkpoint.keep + 1), checkpoint.room(path)
+    if free < needed:
+        problem = f"{free / 1e9:.1f} GB are free there; {job.checkpoint.keep} checkpoints of {one / 1e9:.1f} GB and"
+        problem += f" the next one take {needed / 1e9:.1f} GB"
+        raise JobError("out", job.out, problem, "free disk space, lower checkpoint.keep, or choose another out")
+
+
+def parameters(config: MAEConfig) -> int:
+    """Parameters of the network, without making it."""
+    import torch
+
+    from cosmic_ray.models.mae import MaskedAutoencoder
+
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in MaskedAutoencoder(config).parameters())
+
+
+def mae_config(job: PretrainMAE, store: CropStore) -> MAEConfig:
+    """The network's configuration for these crops.
+
+    Raises:
+        JobError: for crops that the recipe cannot take, or sizes that do not fit each other.
+    """
+    from cosmic_ray.models.mae import MAEConfig, MaskedAutoencoder
+
+    channels, height, width = store.spec.shape
+    if height != width:
+        raise JobError("crops", job.crops, f"its crops are {height}x{width}; the network takes square ones")
+    if job.recipe == "paper" and channels != 1:
+        problem = f"`paper` repeats one grey channel; these crops have {channels}"
+        raise JobError("recipe", job.recipe, problem, "use recipe: better")
+    given = {key: value for key in MODEL_DECODER if (value := getattr(job.model, key)) is not None}
+    config = MAEConfig.of(job.model.preset, job.recipe, channels=3 if job.recipe == "paper" else channels, **given)
+    sizes = {key: value for key in MODEL_ENCODER if (value := getattr(job.model, key)) is not None}
+    config = replace(config, encoder=replace(config.encoder, **sizes))
+    try:
+        import torch
+
+        with torch.device("meta"):
+            MaskedAutoencoder(config)
+    except (ValueError, AssertionError) as error:
+        raise JobError("model", job.model.model_dump(exclude_none=True), str(error)) from None
+    return config
+
+
+def make_loop(
+    job: PretrainMAE,
+    callbacks: Sequence[Callback] = (),
+    *,
+    device: torch.device | str = "cpu",
+    stopping: Callable[[], bool] = lambda: False,
+    beat: Callable[[], None] = lambda: None,
+    rank: int = 0,
+    world: int = 1,
+    stream: Stream | None = None,
+) -> Loop:
+    """The loop of one rank. `stream`: `ingest.stream.batches` by default, which needs Ray; or `plain_batches`.
+
+    Raises:
+        JobError, DataError: as `inputs`; and where `init_from` cannot be read or is another network's.
+    """
+    import torch
+
+    from cosmic_ray.ingest.stream import batches
+    from cosmic_ray.training.data import CropData
+    from cosmic_ray.training.loop import Loop, LoopSettings
+    from cosmic_ray.training.mae import NAME, MAEObjective
+
+    found = inputs(job)
+    beat()
+    device = torch.device(device)
+    objective = MAEObjective(found.model, job.seed)
+    if job.init_from and checkpoint.newest(storage.join(job.out, CHECKPOINTS)) is None:
+        start_from(objective, job.init_from, job.tracking.uri if job.tracking else None)
+    beat()
+    held_out = found.split.rows("val")[: job.eval.crops]
+    data = CropData(found.store, found.plan, held_out, stream or _with(batches, job.scaling), rank, world)
+    settings = LoopSettings(
+        steps=found.steps,
+        global_batch=job.global_batch,
+        seed=job.seed,
+        checkpoints=storage.join(storage.absolute(job.out), CHECKPOINTS),
+        optim={NAME: job.optim},
+        schedule=job.schedule,
+        ema=job.ema,
+        micro_batch=job.micro_batch,
+        precision=_precision(job.precision, device),
+        compile=job.compile,
+        strategy=job.scaling.strategy,
+        log_every=job.log_every,
+        eval_every=job.eval.every,
+        checkpoint_every=job.checkpoint.every,
+        keep=job.checkpoint.keep,
+    )
+    return Loop(objective, settings, data, callbacks, device, stopping, beat)
+
+
+def start_from(objective: MAEObjective, uri: str, tracking: str | None = None) -> None:
+    """Load `init_from` into a new objective.
+
+    Raises:
+        JobError: where it is another network's.
+        DataError: where there is nothing, or it is damaged.
+    """
+    from cosmic_ray.registry.load import fetch_model
+
+    if not uri.startswith("models:"):
+        run = checkpoint.newest(storage.join(uri, CHECKPOINTS)) or uri
+        if storage.exists(storage.join(run, checkpoint.WEIGHTS)):
+            objective.load_checkpoint(exported_weights(run), uri)
+            return
+    objective.load_encoder(fetch_model(uri, tracking=tracking).network().state_dict(), uri)
+
+
+def exported_weights(uri: str) -> dict[str, torch.Tensor]:
+    """The weights of the checkpoint at `uri` as they are exported: their averages, where there are any."""
+    weights = checkpoint.read_tensors(uri, checkpoint.WEIGHTS)
+    if checkpoint.EMA in checkpoint.names(uri):
+        weights |= checkpoint.read_tensors(uri, checkpoint.EMA)
+    return weights
+
+
+def _opened(key: str, uri: str, opening: Callable, kind: str):
+    try:
+        return opening()
+    except NotFoundError as error:
+        raise JobError(key, uri, error.problem, f"run the {kind} job that makes it first") from None
+
+
+def _with(stream: Stream, scaling: Scaling) -> Stream:
+    import functools
+
+    return functools.partial(stream, read_cpus=scaling.cpus_per_reader)
+
+
+def _precision(wanted: str, device: torch.device) -> str:
+    import torch
+
+    if wanted != "auto":
+        return wanted
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"

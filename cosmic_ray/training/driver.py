@@ -1,0 +1,225 @@
+"""The driver around Ray Train: starts the workers, follows them, starts them again when one dies or hangs.
+
+Ray Train gives the processes, the process group and the news that a worker died. What it would restore is not used:
+checkpoints are ours (a run goes on from the newest whole one), and so is the decision to start again, since only we
+know whether an attempt got any further.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from cosmic_ray import storage
+from cosmic_ray.errors import CosmicError
+from cosmic_ray.progress import Progress, progress, say
+from cosmic_ray.training import checkpoint
+from cosmic_ray.training.loop import Callback, Loop
+from cosmic_ray.training.settings import Scaling
+
+CHECKPOINTS = "checkpoints"
+_PUMP_S = 0.2
+_HEALTH_CHECK_S = 0.5
+
+
+class TrainingJob(Protocol):
+    """What the driver and its workers need of a job."""
+
+    out: str
+    scaling: Scaling
+
+    def loop(self, callbacks: Sequence[Callback], **place: Any) -> Loop:
+        """The loop of one rank; `place`: device, stopping, beat, rank, world."""
+
+
+class TrainingFailed(CosmicError):
+    """A run that no restart would mend, or that got no further in several attempts."""
+
+    def __init__(self, text: str, exit_code: int = 1):
+        super().__init__(text)
+        self.exit_code = exit_code
+
+
+def train(job: TrainingJob, steps: int, gpus_per_worker: float, callbacks: Sequence[Callback]) -> int:
+    """Train until the last step; Ray must be up.
+
+    Args:
+        job: whose checkpoints lie in `<out>/checkpoints`.
+        steps: in all, for the progress.
+        gpus_per_worker: 0 trains on CPUs.
+        callbacks: told in this process, in order.
+
+    Returns:
+        The steps done.
+
+    Raises:
+        KeyboardInterrupt: after SIGINT, when the workers have saved and stopped.
+        TrainingFailed: where the workers met an error that is the user's to mend, or died too often.
+    """
+    from cosmic_ray.training.wire import make_wire
+
+    wire, failures = make_wire(), 0
+    with _stop_on_signal() as stop, progress("train", steps, "steps") as shown:
+        follow = _Follower(wire, callbacks, shown, stop)
+        while True:
+            before = checkpoint.newest(storage.join(job.out, CHECKPOINTS))
+            ending = follow.until_done(_Attempt(job, wire, gpus_per_worker))
+            if ending is None:
+                after = checkpoint.newest(storage.join(job.out, CHECKPOINTS))
+                failures = 1 if after != before else failures + 1
+                if failures > job.scaling.max_failures:
+                    raise TrainingFailed(f"{failures} attempts in a row got no further: {follow.reason}")
+                say(f"{follow.reason}; starting the workers again from {storage.name(after) if after else 'the start'}")
+                continue
+            if ending["ending"] == "stopped":
+                say(f"saved after step {ending['step']}")
+                raise KeyboardInterrupt
+            return ending["step"]
+
+
+class _Attempt:
+    """One `TorchTrainer.fit`, in a thread: in the main one Ray Train would put its own handler on SIGINT."""
+
+    def __init__(self, job: TrainingJob, wire: Any, gpus_per_worker: float):
+        self._job, self._wire, self._gpus = job, wire, gpus_per_worker
+        self.result: dict[str, Any] | None = None
+        self.error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, name="ray-train", daemon=True)
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def _run(self) -> None:
+        folder = tempfile.mkdtemp(prefix="cosmic-ray-train-")
+        try:
+            self.result = self._fit(folder)
+        except Exception as error:
+            self.error = error
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _fit(self, folder: str) -> dict[str, Any]:
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchConfig, TorchTrainer
+        from ray.train.v2.api.config import LoggingConfig
+
+        from cosmic_ray.training.worker import work
+
+        scaling = self._job.scaling
+        os.environ |= _environment(scaling)
+        resources = {"CPU": scaling.cpus_per_worker} | ({"GPU": self._gpus} if self._gpus else {})
+        trainer = TorchTrainer(
+            work,
+            train_loop_config={"job": self._job, "wire": self._wire},
+            scaling_config=ScalingConfig(
+                num_workers=scaling.workers, use_gpu=bool(self._gpus), resources_per_worker=resources
+            ),
+            torch_config=TorchConfig(timeout_s=round(scaling.hang_timeout_s) + 60),
+            run_config=RunConfig(
+                name=storage.name(self._job.out),
+                storage_path=folder,
+                failure_config=FailureConfig(max_failures=0),
+                logging_config=LoggingConfig(log_level="ERROR"),
+            ),
+        )
+        return trainer.fit().return_value
+
+
+class _Follower:
+    """Hands on what the workers tell while an attempt lasts, and the wish to stop to them."""
+
+    def __init__(self, wire: Any, callbacks: Sequence[Callback], shown: Progress, stop: threading.Event):
+        self._wire, self._callbacks, self._shown, self._stop = wire, callbacks, shown, stop
+        self._told_to_stop = False
+        self._note = ""
+        self.reason = ""
+        """Why the last attempt failed."""
+
+    def until_done(self, attempt: _Attempt) -> dict[str, Any] | None:
+        """What the workers returned; None where they died and may be started again.
+
+        Raises:
+            TrainingFailed: where starting again would mend nothing.
+        """
+        import ray
+        from ray.train import TrainingFailedError
+
+        while attempt.alive:
+            time.sleep(_PUMP_S)
+            if self._stop.is_set() and not self._told_to_stop:
+                self._told_to_stop = True
+                ray.get(self._wire.stop.remote())
+            self._hand_on(ray.get(self._wire.take.remote()))
+        self._hand_on(ray.get(self._wire.take.remote()))
+        if attempt.result is not None:
+            return attempt.result
+        if failure := ray.get(self._wire.failure.remote()):
+            raise TrainingFailed(failure["text"], failure["exit_code"])
+        if self._stop.is_set():
+            raise KeyboardInterrupt
+        if not isinstance(attempt.error, TrainingFailedError | ray.exceptions.RayError):
+            raise attempt.error
+        self.reason = _why(attempt.error)
+        return None
+
+    def _hand_on(self, events: list[tuple]) -> None:
+        for event, *facts in events:
+            for callback in self._callbacks:
+                getattr(callback, event)(*facts)
+            if event in ("on_step", "on_eval"):
+                self._show(*facts)
+
+    def _show(self, step: int, metrics: Mapping[str, float]) -> None:
+        losses = [f"{name} {value:.4f}" for name, value in metrics.items() if name.endswith("loss")]
+        self._note = ", ".join(losses) or self._note
+        self._shown.update(step, self._note)
+
+
+@contextmanager
+def _stop_on_signal() -> Iterator[threading.Event]:
+    """Within, the first SIGINT sets the event and the second one raises KeyboardInterrupt; only in the main thread."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def asked(*_: object) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+        say("saving and stopping at the end of this step; once more to stop at once")
+
+    before = signal.signal(signal.SIGINT, asked)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _environment(scaling: Scaling) -> dict[str, str]:
+    """Ray Train's settings that it takes from the environment alone."""
+    return {
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(_HEALTH_CHECK_S),
+        "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(scaling.hang_timeout_s),
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+        "RAY_TRAIN_METRICS_ENABLED": "0",
+        "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    }
+
+
+def _why(error: Exception | None) -> str:
+    """What ended an attempt, in a line."""
+    failures = getattr(error, "worker_failures", None)
+    if not failures:
+        return f"the workers could not be run ({type(error).__name__}: {str(error).strip().splitlines()[0]})"
+    told = [f"worker {rank}: {str(cause).strip().splitlines()[0]}" for rank, cause in sorted(failures.items())]
+    return "; ".join(told)

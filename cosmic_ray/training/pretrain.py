@@ -1,0 +1,113 @@
+"""The run of a `pretrain-mae` job: resources, workers, then the exported encoder, its picture and its registration."""
+
+from __future__ import annotations
+
+import statistics
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+from cosmic_ray import cluster, storage
+from cosmic_ray.errors import NotFoundError
+from cosmic_ray.output import Output, claim
+from cosmic_ray.training import assemble, checkpoint
+from cosmic_ray.training.record import METRICS, read_metrics
+
+if TYPE_CHECKING:
+    from cosmic_ray.registry.tracking import Tracker
+    from cosmic_ray.training.assemble import Inputs
+    from cosmic_ray.training.job import PretrainMAE
+
+FORMAT, VERSION = "cosmic-ray/pretrain-mae", 1
+MODEL, PICTURE = "model", "reconstructions.png"
+
+
+def run(job: PretrainMAE) -> dict[str, Any]:
+    """See `PretrainMAE.run`."""
+    job = job.model_copy(update={key: storage.absolute(getattr(job, key)) for key in ("crops", "split", "out")})
+    with claim(job) as output:
+        if not output.done:
+            _make(job, output)
+        elif job.tracking:
+            from cosmic_ray.registry.tracking import deliver
+
+            deliver(job.out, job.tracking.uri)
+        return {**output.manifest()["results"], **_tracked(output)}
+
+
+def _make(job: PretrainMAE, output: Output) -> None:
+    from cosmic_ray.training.driver import train
+    from cosmic_ray.training.preflight import require_resources
+
+    found = assemble.inputs(job)
+    gpus = require_resources(job, assemble.parameters(found.model), cluster.connect())
+    lineage = _lineage(job, found)
+    with _tracker(job, lineage, found.store.simulated) as tracker:
+        for line in read_metrics(output.at(METRICS)) if tracker else []:
+            tracker.on_step(line.pop("step"), line)  # what a killed driver did not deliver; the rest is known
+        steps = train(job, found.steps, gpus, [tracker] if tracker else [])
+        results = _finish(job, output, found, lineage | {"step": steps}, tracker)
+        output.publish(
+            {
+                "format": FORMAT,
+                "version": VERSION,
+                "job": job.resolved(),
+                "lineage": lineage,
+                "content_hash": results["content_hash"],
+                "simulated": found.store.simulated,
+                "results": results,
+            }
+        )
+
+
+def _finish(
+    job: PretrainMAE, output: Output, found: Inputs, lineage: dict[str, Any], tracker: Tracker | None
+) -> dict[str, Any]:
+    """Export the weights of the last checkpoint, draw what they reconstruct, hand both to MLflow; the results."""
+    from cosmic_ray.training.export import export_model, exported_model, picture
+
+    newest = checkpoint.newest(output.at(assemble.CHECKPOINTS))
+    metrics = _summary(output.at(METRICS))
+    model = exported_model(found.model, newest)
+    config = export_model(job, found, model, output.at(MODEL), lineage, metrics)
+    output.write(PICTURE, picture(model, found, job.seed))
+    if tracker:
+        tracker.picture(output.at(PICTURE))
+        if job.tracking.register_as:
+            tracker.register(output.at(MODEL), job.tracking.register_as, job.tracking.alias)
+    facts = {"model": output.at(MODEL), "steps": lineage["step"], "weights": checkpoint.digest(newest)}
+    return {**facts, **metrics, "content_hash": config.digest}
+
+
+def _lineage(job: PretrainMAE, found: Inputs) -> dict[str, Any]:
+    inputs = {
+        "store": {"uri": job.crops, "content_hash": found.store.content_hash},
+        "split": {"uri": job.split, "content_hash": found.split.content_hash},
+    }
+    return {**inputs, "init_from": job.init_from, "plan": found.plan.digest, "job": job.fingerprint()}
+
+
+def _tracker(job: PretrainMAE, lineage: dict[str, Any], simulated: bool) -> AbstractContextManager[Tracker | None]:
+    if job.tracking is None:
+        return nullcontext()
+    from cosmic_ray.registry.tracking import Tracker
+
+    return Tracker(job.out, job.resolved(), name=job.kind, lineage=lineage, simulated=simulated, uri=job.tracking.uri)
+
+
+def _summary(uri: str) -> dict[str, float]:
+    """The last losses, and the medians of speed and waiting."""
+    lines = read_metrics(uri)
+    last = {name: [line[name] for line in lines if name in line] for name in ("train/loss", "val/loss")}
+    typical = {name: [line[name] for line in lines if name in line]
+               for name in ("train/images_per_s", "train/data_wait_share")}  # fmt: skip
+    found = {name.replace("/", "_"): values[-1] for name, values in last.items() if values}
+    return found | {name.partition("/")[2]: statistics.median(values) for name, values in typical.items() if values}
+
+
+def _tracked(output: Output) -> dict[str, Any]:
+    """What MLflow knows of this job, where it does."""
+    try:
+        record = storage.read_json(output.at("tracking.json"))
+    except NotFoundError:
+        return {}
+    return {key: record[key] for key in ("run_id", "registered") if key in record}

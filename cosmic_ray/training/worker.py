@@ -1,0 +1,71 @@
+"""What each Ray Train worker runs: the loop, with its data through Ray Data, its watch, and its end of the wire."""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from typing import Any
+
+import ray.train
+import torch
+
+from cosmic_ray import storage
+from cosmic_ray.errors import CosmicError, JobError
+from cosmic_ray.output import encode
+from cosmic_ray.training.collective import Collective
+from cosmic_ray.training.errors import NonFiniteError
+from cosmic_ray.training.record import METRICS, MetricsFile
+from cosmic_ray.training.watch import Watch
+from cosmic_ray.training.wire import Link
+
+NON_FINITE = "nonfinite.json"
+_HOPELESS = (TypeError, AttributeError, NameError, LookupError, ValueError, ImportError, NotImplementedError)
+"""Mistakes in the code: the next attempt would end alike."""
+
+
+def work(config: dict[str, Any]) -> dict[str, Any]:
+    """Train `config["job"]` as one rank; `config["wire"]` leads to the driver.
+
+    Returns:
+        `ending` (`finished` or `stopped`) and `step`, the steps done.
+    """
+    job, link = config["job"], Link(config["wire"])
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    watch = Watch(job.scaling.hang_timeout_s, f"worker {rank} of {world}")
+    torch.set_num_threads(max(1, int(job.scaling.cpus_per_worker)))
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    try:
+        callbacks = [MetricsFile(storage.join(job.out, METRICS)), link]
+        loop = job.loop(callbacks, device=_device(), stopping=link.stopping, beat=watch.beat, rank=rank, world=world)
+        ending, step = loop.run()
+        return {"ending": ending, "step": step}
+    except Exception as error:
+        if told := _final(error, job.out):
+            link.fail(told)
+        raise RuntimeError(f"worker {rank}: {type(error).__name__}: {error}") from error
+    finally:
+        watch.close()
+        link.close()
+
+
+def _final(error: Exception, out: str) -> CosmicError | None:
+    """The error to end the run with, where a restart would mend nothing; None for what may pass."""
+    if isinstance(error, NonFiniteError):
+        if Collective().rank == 0:
+            facts = {"step": error.step, "suspects": error.suspects, "batch": error.batch}
+            storage.write_bytes(storage.join(out, NON_FINITE), encode(facts))
+        return error
+    if isinstance(error, CosmicError):
+        return error
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return JobError("micro_batch", "too large", f"out of memory: {error}", "choose a smaller one")
+    if isinstance(error, _HOPELESS):
+        return CosmicError(f"a mistake in the code, or in a library:\n{traceback.format_exc()}")
+    return None
+
+
+def _device() -> torch.device:
+    from ray.train.torch import get_device
+
+    return get_device()
