@@ -12,6 +12,12 @@ import numpy as np
 import pyarrow as pa
 import ray
 from ray.data import DataContext
+from ray.data._internal.execution.backpressure_policy import (
+    ENABLED_BACKPRESSURE_POLICIES,
+    ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY,
+)
+from ray.data._internal.execution.backpressure_policy.backpressure_policy import BackpressurePolicy
+from ray.data._internal.execution.interfaces import PhysicalOperator
 from ray.util.annotations import RayDeprecationWarning
 
 from cosmic_ray.errors import DataError
@@ -19,13 +25,14 @@ from cosmic_ray.ingest import chunks
 from cosmic_ray.ingest.plan import Plan
 from cosmic_ray.progress import say
 
+QUEUED_CHUNKS, QUEUE_PAUSE_S = 1, 0.01
 RESTARTS, RESTART_PAUSE_S = 3, 1.0
 
 
 class RemoteWindows:
     """As `Windows`, read by one long Ray Data task that runs until the last step.
 
-    Memory: in the task, the open windows and what it reads ahead; in the object store, up to eight chunks.
+    Memory: in the task, the open windows and what it reads ahead; in the object store, up to six chunks.
 
     A task that dies (killed for memory, its node lost) is started again from the step that the rank needs next; what
     was handed out is not read again.
@@ -61,10 +68,7 @@ class RemoteWindows:
             DataError: naming the shard that cannot be read.
         """
         if not self._steps_left:
-            chunk = self._next_chunk(k)
-            self._steps_left = chunk["steps"][0].as_py()
-            values = chunk["images"].chunk(0).buffers()[2]
-            self._crops, self._at = np.frombuffer(values, np.uint8).reshape(-1, out.shape[1]), 0
+            self._open(self._next_chunk(k), k, out.shape[1])
         out[:] = self._crops[self._at : self._at + len(out)]
         self._at += len(out)
         self._steps_left -= 1
@@ -77,19 +81,19 @@ class RemoteWindows:
         self._crops = np.empty((0, 0), np.uint8)
         while True:
             try:
-                chunk = next(self._blocks)
-                break
+                return next(self._blocks)
             except ray.exceptions.RayTaskError:
                 raise
             except ray.exceptions.RayError as error:
                 self._restart(k, error)
+
+    def _open(self, chunk: pa.Table, k: int, nbytes: int) -> None:
         if error := chunk["error"][0].as_py():
             raise DataError(**json.loads(error))
-        crops = np.frombuffer(chunk["images"].chunk(0).buffers()[2], np.uint8)
-        if chunk["step"][0].as_py() != k or chunks.digest(crops) != chunk["digest"][0].as_py():
-            raise DataError(self._uri, f"global batch {k} was damaged between reading and training", "report this")
-        self._restarts = 0
-        return chunk
+        self._crops, self._at = np.frombuffer(chunk["images"].chunk(0).buffers()[2], np.uint8).reshape(-1, nbytes), 0
+        if chunk["step"][0].as_py() != k or chunks.digest(self._crops) != chunk["digest"][0].as_py():
+            raise RuntimeError(f"{self._uri}: global batch {k} was damaged between its reading and its use")
+        self._steps_left, self._restarts = chunk["steps"][0].as_py(), 0
 
     def _restart(self, k: int, error: Exception) -> None:
         self._blocks.close()
@@ -118,12 +122,26 @@ class RemoteWindows:
         return iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1))
 
 
+class _QueueIsFull(BackpressurePolicy):
+    """Leaves further chunks with the task while the rank has enough to go on with.
+
+    Ray Data's own limit, by bytes, does the same at the cost of a whole core: its loop asks again at once.
+    """
+
+    def max_task_output_bytes_to_read(self, op: PhysicalOperator) -> int | None:
+        if op.output_dependencies or self._topology[op].total_enqueued_output_blocks() < QUEUED_CHUNKS:
+            return None
+        time.sleep(QUEUE_PAUSE_S)
+        return 0
+
+
 def _configure(context: DataContext) -> None:
     # Every chunk becomes a block of its own: larger than this, and of one row, which cannot be cut.
     context.target_max_block_size = 1
+    context._max_num_blocks_in_streaming_gen_buffer = 1
+    context.execution_options.preserve_order = True
+    context.set_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, [*ENABLED_BACKPRESSURE_POLICIES, _QueueIsFull])
+    # A rank may pause for as long as it likes: to evaluate, to write a checkpoint.
+    context.execution_no_progress_timeout_s = -1
     context.print_on_execution_start = False
     context.enable_progress_bars = False
-    context.execution_options.preserve_order = True
-    context.execution_options.resource_limits = context.execution_options.resource_limits.copy(
-        object_store_memory=4 * chunks.CHUNK_BYTES
-    )

@@ -292,6 +292,6 @@ def test_full_scale_opens_and_answers_at_once() -> None:
     assert all(len(batch.row) == 256 for batch in samples) and all(read.row_groups for read in reads)
 
 
-CARRY = ""
-DROP = ""
-SPEC = ""
+CARRY = "5332c27a4002d72262300b12661529abd18d43fedf997abd31a4075c36323cbf"
+DROP = "8d905022159729c705e416744433bd1d5236235b851292c8d60507dc7c9b5b1f"
+SPEC = "7ee1e82f01922be3d89f4710d7d8af0d0b9e8b47568200d49194ee6c73577bf3"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import time
@@ -178,15 +179,16 @@ def test_more_ranks_than_lanes_are_refused(store: CropStore) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_reader_is_started_again_where_it_stood(store: CropStore, ray_local: None) -> None:
+def test_a_killed_reader_is_started_again_where_it_stood(crop_store: Callable[..., CropStore], ray_local: None) -> None:
+    store = crop_store(200, size=64)
     plan = make_plan(store)
-    source = batches(store.uri, plan, 0, 1, 0, 4000)
-    got = [(batch.step, batch.images.numpy().copy()) for batch, _ in zip(source, range(3), strict=False)]
+    source = batches(store.uri, plan, 0, 1, 0, 2000)
+    got = [(batch.step, batch.images.numpy().copy()) for batch in itertools.islice(source, 3)]
     os.kill(reading_process().pid, signal.SIGKILL)
-    got += [(batch.step, batch.images.numpy().copy()) for batch in source]
-    assert [step for step, _ in got] == list(range(4000))
-    for step, images in [*got[:6], *got[1000::500], got[-1]]:
-        assert np.array_equal(images, expected(store, plan, step, range(4)))
+    got += [(batch.step, batch.images.numpy()[:1].copy()) for batch in source]
+    assert [step for step, _ in got] == list(range(2000))
+    for step, images in [*got[:6], *got[900::200], got[-1]]:
+        assert np.array_equal(images, expected(store, plan, step, range(4))[: len(images)])
 
 
 @pytest.mark.slow
