@@ -74,8 +74,8 @@ def data_root() -> Path:
 
 
 @pytest.fixture(scope="session")
-def ray_local() -> Iterator[None]:
-    """A small Ray of this session's own: 4 logical CPUs, no dashboard."""
+def ray_local(s3_server: str) -> Iterator[None]:
+    """A small Ray of this session's own: 4 logical CPUs, no dashboard; its workers know the S3 server."""
     import ray
 
     os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"

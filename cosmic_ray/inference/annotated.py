@@ -58,7 +58,7 @@ def _obs(store: CropStore, codes: np.ndarray | None) -> pd.DataFrame:
 def _series(column: pa.ChunkedArray) -> Any:
     """Text as categories: there are few plates and many crops."""
     if pa.types.is_string(column.type):
-        return column.combine_chunks().dictionary_encode().to_pandas()
+        return column.combine_chunks().dictionary_encode().to_pandas().array
     return column.to_numpy()
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 import anndata
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from tiny_encoder import SIDE, export
 
@@ -21,6 +20,8 @@ import cosmic_ray
 from cosmic_ray import storage
 from cosmic_ray.errors import DataError, JobError
 from cosmic_ray.inference.embed import Embed
+from cosmic_ray.inference.parts import Work, embed_part
+from cosmic_ray.inference.read import Embeddings
 from cosmic_ray.registry.register import register_model
 
 ROWS = 75
@@ -33,15 +34,9 @@ def model(tmp_path: Path) -> str:
 
 
 def job(store, model: str, out: str, **keys: object) -> Embed:
-    return Embed(store=store.uri, model=model, out=out, batch_size=8, part_rows=20, workers=2, **keys)
-
-
-def parts(out: str) -> pa.Table:
-    return pa.concat_tables([pq.read_table(storage.open_read(uri)) for uri in storage.listing(out, "part-*.parquet")])
-
-
-def vectors(table: pa.Table) -> np.ndarray:
-    return np.array(table["embedding"].to_pylist(), np.float32)
+    return Embed(
+        **{"store": store.uri, "model": model, "out": out, "batch_size": 8, "part_rows": 20, "workers": 1} | keys
+    )
 
 
 def annotated(out: str, tmp_path: Path) -> anndata.AnnData:
@@ -55,39 +50,48 @@ def in_process(model: str, store) -> np.ndarray:
 
 
 @pytest.mark.slow
-def test_parts_and_anndata_hold_what_one_process_computes(ray_local, crop_store, model, home, tmp_path):
+def test_parts_and_anndata_hold_what_one_process_computes(ray_local, crop_store, model, tmp_path):
     store = crop_store(ROWS, columns={"q_focus": np.linspace(0, 1, ROWS, dtype=np.float32)})
-    results = job(store, model, f"{home}/out").run()
+    out = str(tmp_path / "out")
+    results = job(store, model, out, workers=2).run()
     wanted = in_process(model, store)
-    table = parts(f"{home}/out")
-    np.testing.assert_array_equal(vectors(table), wanted)
     about = store.metadata([name for name in store.columns if name != "image"])
+    embeddings = Embeddings.open(out)
+    np.testing.assert_array_equal(embeddings.vectors(), wanted)
+    table = pa.concat_tables(embeddings.parts())
     assert table["crop_id"].to_pylist() == about["crop_id"].to_pylist()
     assert table.schema.field("embedding").type == pa.list_(pa.float32(), 24)
-    found = annotated(f"{home}/out", tmp_path)
+    found = annotated(out, tmp_path)
     np.testing.assert_array_equal(found.X, wanted)
     assert found.obs_names.tolist() == about["crop_id"].to_pylist()
     assert found.obs["plate"].tolist() == about["plate"].to_pylist()
     np.testing.assert_array_equal(found.obs["q_focus"], about["q_focus"])
-    assert results["rows"] == ROWS
-    assert results["width"] == 24
-    assert results["parts"] == 4
-    assert results["simulated"]
+    assert {key: results[key] for key in ("rows", "width", "parts", "simulated")} == {
+        "rows": ROWS,
+        "width": 24,
+        "parts": 4,
+        "simulated": True,
+    }
     assert results["crops_per_s"] > 0
     assert 0 <= results["data_wait_share"] <= 1
-    assert Embed(store=store.uri, model=model, out=f"{home}/out", batch_size=8, part_rows=20).run() == {
-        key: results[key] for key in ("rows", "width", "content_hash", "simulated", "parts")
+    assert job(store, model, out, workers=1).run() == {
+        key: value for key, value in results.items() if key not in ("crops_per_s", "data_wait_share")
     }
+    part = Path(out, "part-00001.parquet")
+    part.write_bytes(part.read_bytes()[:-1] + b"x")
+    with pytest.raises(DataError, match=r"part-00001\.parquet: its bytes"):
+        embeddings.vectors()
 
 
 @pytest.mark.slow
-def test_the_lineage_goes_along_and_an_alias_is_pinned(ray_local, crop_store, model, tmp_path, tracking):
-    store, out = crop_store(ROWS), str(tmp_path / "out")
+def test_a_registered_model_into_a_bucket_with_its_lineage(ray_local, crop_store, model, tmp_path, tracking, s3):
+    store, out = crop_store(ROWS), f"{s3}/out"
     version = register_model(model, "embedder", tracking=tracking)
-    job(store, "models:/embedder@candidate", out, tracking_uri=tracking).run()
-    manifest = json.loads(Path(out, "manifest.json").read_text())
+    embed = job(store, "models:/embedder@candidate", out, tracking_uri=tracking)
+    embed.run()
+    embeddings = Embeddings.open(out)
     config = json.loads(Path(model, "config.json").read_text())
-    assert manifest["lineage"] == {
+    assert embeddings.manifest["lineage"] == {
         "store": {"uri": store.uri, "content_hash": store.content_hash},
         "model": {
             "uri": f"models:/embedder/{version}",
@@ -95,19 +99,24 @@ def test_the_lineage_goes_along_and_an_alias_is_pinned(ray_local, crop_store, mo
             "lineage": config["lineage"],
         },
     }
-    assert manifest["simulated"]
     uns = annotated(out, tmp_path).uns["cosmic_ray"]
-    assert json.loads(uns["lineage"]) == manifest["lineage"]
-    assert uns["content_hash"] == manifest["content_hash"]
-    np.testing.assert_array_equal(vectors(parts(out)), in_process(model, store))
+    assert json.loads(uns["lineage"]) == embeddings.manifest["lineage"]
+    assert uns["content_hash"] == embeddings.manifest["content_hash"]
+    np.testing.assert_array_equal(embeddings.vectors(), in_process(model, store))
+    for name in ("manifest.json", "part-00001.json"):
+        storage.delete(f"{out}/{name}")
+    export(model, seed=1)
+    register_model(model, "embedder", tracking=tracking)
+    with pytest.raises(DataError, match=f"began with model models:/embedder/{version}"):
+        embed.run()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_damaged_input_is_named_and_what_was_done_is_kept(ray_local, crop_store, model, tmp_path):
     store, out = crop_store(ROWS), str(tmp_path / "out")
-    shard = Path(store.row_groups[-1].shard)
-    whole = shard.read_bytes()
     group = store.row_groups[-1]
+    shard = Path(group.shard)
+    whole = shard.read_bytes()
     shard.write_bytes(whole[: group.offset] + b"damage" + whole[group.offset + 6 :])
     with pytest.raises(DataError, match=shard.name):
         job(store, model, out).run()
@@ -116,7 +125,7 @@ def test_damaged_input_is_named_and_what_was_done_is_kept(ray_local, crop_store,
     shard.write_bytes(whole)
     job(store, model, out).run()
     assert {uri: Path(uri).stat().st_mtime_ns for uri in done} == done, "a finished part is not made again"
-    np.testing.assert_array_equal(vectors(parts(out)), in_process(model, store))
+    np.testing.assert_array_equal(Embeddings.open(out).vectors(), in_process(model, store))
 
 
 KILLED = """
@@ -130,7 +139,7 @@ Embed(store=sys.argv[1], model=sys.argv[2], out=sys.argv[3], batch_size=8, part_
 def test_killed_outright_it_ends_with_the_same_bytes(ray_local, crop_store, model, tmp_path):
     import ray
 
-    store, out = crop_store(2400), str(tmp_path / "out")
+    store, out = crop_store(800), str(tmp_path / "out")
     address = ray.get_runtime_context().gcs_address
     process = subprocess.Popen(
         [sys.executable, "-c", KILLED, store.uri, model, out],
@@ -142,24 +151,17 @@ def test_killed_outright_it_ends_with_the_same_bytes(ray_local, crop_store, mode
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert 3 <= len(storage.listing(out, "part-*.json")) < 300
+    assert 3 <= len(storage.listing(out, "part-*.json")) < 100
     assert not Path(out, "manifest.json").exists()
-    again = Embed(store=store.uri, model=model, out=out, batch_size=8, part_rows=8, workers=2).run()
-    whole = Embed(store=store.uri, model=model, out=f"{out}-whole", batch_size=8, part_rows=8, workers=1).run()
-    assert again["content_hash"] == whole["content_hash"]
-    for name in [f"part-{part:05}.{end}" for part in range(300) for end in ("parquet", "json")]:
-        assert Path(out, name).read_bytes() == Path(f"{out}-whole", name).read_bytes()
-
-
-@pytest.mark.slow
-def test_a_continued_run_with_other_inputs_is_refused(ray_local, crop_store, model, tmp_path):
-    store, out = crop_store(ROWS), str(tmp_path / "out")
-    job(store, model, out).run()
-    for name in ("manifest.json", "part-00001.json"):
-        Path(out, name).unlink()
-    export(model, seed=1)
-    with pytest.raises(DataError, match="began with model"):
-        job(store, model, out).run()
+    Embed(store=store.uri, model=model, out=out, batch_size=8, part_rows=8, workers=1).run()
+    assert not list(Path(out).glob(".part*"))
+    work = Work(store.uri, str(tmp_path / "whole"), model, "", None, 8, 8, "float32", "cpu")
+    encoder = cosmic_ray.load_model(model, device="cpu")
+    for part in range(100):
+        embed_part(work, part, encoder, store, None)
+        for end in ("parquet", "json"):
+            name = f"part-{part:05}.{end}"
+            assert Path(out, name).read_bytes() == Path(work.out, name).read_bytes()
 
 
 @pytest.mark.slow
