@@ -16,9 +16,9 @@ from cosmic_ray import storage
 from cosmic_ray.errors import CosmicError, DataError, NotFoundError
 from cosmic_ray.imaging.candidates import find_candidates
 from cosmic_ray.imaging.catalogue import Entry, from_table, read_catalogue, to_table
-from cosmic_ray.imaging.chunks import CANDIDATES, Chunk, chunk_name, finished, write_chunk
+from cosmic_ray.imaging.chunks import CANDIDATES, Chunk, Totals, chunk_name, finished, read_chunks, write_chunk
 from cosmic_ray.imaging.parallel import each
-from cosmic_ray.imaging.select import read_chunks, select, shard_units
+from cosmic_ray.imaging.select import select, shard_units
 from cosmic_ray.imaging.source import TEXT_COLUMNS
 from cosmic_ray.output import Output, canonical, claim, encode, read_manifest
 from cosmic_ray.progress import progress, say
@@ -52,10 +52,10 @@ def _results(output: Output) -> dict[str, Any]:
 def _build(job: BuildCrops, output: Output) -> None:
     chunks = _catalogue(job, output)
     _find(job, output, chunks)
-    sidecars = read_chunks(output.uri, [chunk_name(index) for index in range(len(chunks))])
+    sidecars, totals = read_chunks(output.uri, [chunk_name(index) for index in range(len(chunks))])
     fields = _outcomes(output, chunks, sidecars)
     _require_share(job, output, fields)
-    chosen = _select(job, output, sidecars)
+    chosen = _select(job, output, sidecars, totals)
     entries = _assemble(job, output, sidecars, chosen)
     intensity, statistics = _meaning(job), _statistics(chosen, fields)
     lineage, simulated = _lineage(job, fields), _simulated(job, chunks)
@@ -111,7 +111,7 @@ def _find(job: BuildCrops, output: Output, chunks: Sequence[Sequence[Entry]]) ->
     if done < total:
         there = sorted(finished(output.uri))
         index = [int(name.removeprefix("chunk-")) for name in there]
-        fields = _outcomes(output, [chunks[i] for i in index], read_chunks(output.uri, there))
+        fields = _outcomes(output, [chunks[i] for i in index], read_chunks(output.uri, there)[0])
         _require_share(job, output, fields, total)
 
 
@@ -147,11 +147,11 @@ def _require_share(job: BuildCrops, output: Output, fields: Sequence[dict[str, A
         raise CosmicError(f"{rejected:,} of {total:,} fields are rejected, {allowed}: {top}; {listed}")
 
 
-def _select(job: BuildCrops, output: Output, sidecars: Sequence[Chunk]) -> dict[str, Any]:
+def _select(job: BuildCrops, output: Output, sidecars: Sequence[Chunk], totals: Totals) -> dict[str, Any]:
     with suppress(NotFoundError):
         return storage.read_json(output.at(SELECTION))
     say("thresholds over all nuclei")
-    chosen = select(job, output.uri, sidecars)
+    chosen = select(job, output.uri, sidecars, totals)
     output.write(SELECTION, encode(chosen))
     return chosen
 

@@ -13,6 +13,8 @@ the shuffle cheap: shards x chunks / (shards a task) range reads, and only nucle
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,20 +28,19 @@ from cosmic_ray.imaging.histogram import Histogram
 from cosmic_ray.output import encode
 
 OBJECTS, CANDIDATES = "objects", "candidates"
+THREADS = 16
 BATCH = 32
 """Candidates a batch: what a range read may fetch too much at either end."""
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """One finished chunk as its sidecar tells it."""
+    """One finished chunk: what its sidecar tells, but the histograms, which are merged over all chunks."""
 
     name: str
     fields: list[dict[str, Any]]
     reasons: dict[str, int]
     """Objects left out in step one, by reason."""
-    areas: dict[str, Histogram]
-    pixels: dict[tuple[str, str, int], Histogram]
     first_keys: np.ndarray
     """uint64 (b,): the first key of each batch."""
     offsets: np.ndarray
@@ -103,18 +104,40 @@ def _schema_size(schema: pa.Schema) -> int:
     return sink.tell() - 8
 
 
-def read_chunk(out: str, name: str) -> Chunk:
-    """The sidecar of a finished chunk."""
-    data = storage.read_json(storage.join(out, CANDIDATES, f"{name}.json"))
-    return Chunk(
-        name=name,
-        fields=data["fields"],
-        reasons=data["reasons"],
-        areas={source: Histogram.from_json(histogram) for source, histogram in data["areas"].items()},
-        pixels={(source, plate, c): Histogram.from_json(histogram) for source, plate, c, histogram in data["pixels"]},
-        first_keys=np.array(data["first_keys"], np.uint64),
-        offsets=np.array(data["offsets"], np.int64),
-    )
+@dataclass(frozen=True)
+class Totals:
+    """The histograms of `Found`, over all chunks."""
+
+    areas: dict[str, Histogram]
+    pixels: dict[tuple[str, str, int], Histogram]
+
+
+def read_chunks(out: str, names: Sequence[str]) -> tuple[list[Chunk], Totals]:
+    """The sidecars of finished chunks, in the order of `names`, and their histograms merged as they are read."""
+    chunks, totals = [], Totals({}, {})
+    with ThreadPoolExecutor(THREADS) as pool:
+        for start in range(0, len(names), THREADS):
+            uris = [storage.join(out, CANDIDATES, f"{name}.json") for name in names[start : start + THREADS]]
+            for name, data in zip(names[start:], pool.map(storage.read_json, uris), strict=False):
+                chunks.append(
+                    Chunk(
+                        name=name,
+                        fields=data["fields"],
+                        reasons=data["reasons"],
+                        first_keys=np.array(data["first_keys"], np.uint64),
+                        offsets=np.array(data["offsets"], np.int64),
+                    )
+                )
+                for source, histogram in data["areas"].items():
+                    _merge(totals.areas, source, histogram)
+                for *key, histogram in data["pixels"]:
+                    _merge(totals.pixels, tuple(key), histogram)
+    return chunks, totals
+
+
+def _merge(into: dict[Any, Histogram], key: Any, data: dict[str, Any]) -> None:
+    histogram = Histogram.from_json(data)
+    into[key] = Histogram.merged([into[key], histogram]) if key in into else histogram
 
 
 def read_keys(out: str, name: str) -> pa.Table:

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from cosmic_ray.errors import CosmicError
-from cosmic_ray.imaging.chunks import Chunk, read_chunk, read_keys, read_schema
+from cosmic_ray.imaging.chunks import THREADS, Chunk, Totals, read_keys, read_schema
 from cosmic_ray.imaging.histogram import Histogram
 from cosmic_ray.imaging.intensity import plate_line
 from cosmic_ray.imaging.thresholds import area_limits
@@ -21,17 +21,10 @@ if TYPE_CHECKING:
     from cosmic_ray.imaging.job import BuildCrops
 
 TOO_SMALL, TOO_BIG = "area below the lower percentile", "area above the upper percentile"
-_THREADS = 16
 _UNIT_BYTES, _UNIT_SHARDS = 2**28, 16
 
 
-def read_chunks(out: str, names: Sequence[str]) -> list[Chunk]:
-    """The sidecars of the chunks `names`, in that order."""
-    with ThreadPoolExecutor(_THREADS) as pool:
-        return list(pool.map(lambda name: read_chunk(out, name), names))
-
-
-def select(job: BuildCrops, out: str, chunks: Sequence[Chunk]) -> dict[str, Any]:
+def select(job: BuildCrops, out: str, chunks: Sequence[Chunk], totals: Totals) -> dict[str, Any]:
     """Decide over all candidates below the URI `out`.
 
     Returns:
@@ -42,7 +35,7 @@ def select(job: BuildCrops, out: str, chunks: Sequence[Chunk]) -> dict[str, Any]
     Raises:
         CosmicError: where no nucleus is left.
     """
-    limits = _limits(job, chunks)
+    limits = _limits(job, totals.areas)
     keys, outside = _kept_keys(out, chunks, limits)
     rejected = Counter(outside)
     for chunk in chunks:
@@ -55,7 +48,7 @@ def select(job: BuildCrops, out: str, chunks: Sequence[Chunk]) -> dict[str, Any]
     first = next(chunk for chunk in chunks if len(chunk.first_keys))
     return {
         "limits": {source: list(limit) for source, limit in sorted(limits.items())},
-        "lines": _lines(job, chunks),
+        "lines": _lines(job, totals.pixels),
         "rejected": rejected,
         "objects": len(keys) + sum(rejected.values()),
         "rows": len(keys),
@@ -64,15 +57,10 @@ def select(job: BuildCrops, out: str, chunks: Sequence[Chunk]) -> dict[str, Any]
     }
 
 
-def _limits(job: BuildCrops, chunks: Sequence[Chunk]) -> dict[str, tuple[float, float]]:
-    areas: dict[str, list[Histogram]] = {}
-    for chunk in chunks:
-        for source, histogram in chunk.areas.items():
-            areas.setdefault(source, []).append(histogram)
-    merged = {source: Histogram.merged(parts) for source, parts in areas.items()}
+def _limits(job: BuildCrops, areas: dict[str, Histogram]) -> dict[str, tuple[float, float]]:
     if job.ready:
-        return {source: (0.0, float(2**31)) for source in merged}
-    return area_limits({source: histogram for source, histogram in merged.items() if histogram.total}, job.area)
+        return dict.fromkeys(areas, (0.0, float(2**31)))
+    return area_limits({source: histogram for source, histogram in areas.items() if histogram.total}, job.area)
 
 
 def kept(table: pa.Table, limits: dict[str, Sequence[float]]) -> tuple[np.ndarray, np.ndarray]:
@@ -92,20 +80,16 @@ def _kept_keys(out: str, chunks: Sequence[Chunk], limits: dict[str, Any]) -> tup
         small, large = kept(table, limits)
         return table["order"].to_numpy()[~small & ~large], int(small.sum()), int(large.sum())
 
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with ThreadPoolExecutor(THREADS) as pool:
         parts = list(pool.map(one, [chunk for chunk in chunks if len(chunk.first_keys)]))
     keys = np.concatenate([part for part, _, _ in parts] or [np.empty(0, np.uint64)])
     return keys, {TOO_SMALL: sum(small for _, small, _ in parts), TOO_BIG: sum(large for _, _, large in parts)}
 
 
-def _lines(job: BuildCrops, chunks: Sequence[Chunk]) -> list[list[Any]]:
+def _lines(job: BuildCrops, pixels: dict[tuple[str, str, int], Histogram]) -> list[list[Any]]:
     """[source, plate, [[scale, offset] a channel]]; empty where patches are mapped one by one."""
     if job.intensity.mapping == "patch":
         return []
-    pixels: dict[tuple[str, str, int], Histogram] = {}
-    for chunk in chunks:
-        for key, histogram in chunk.pixels.items():
-            pixels[key] = Histogram.merged([pixels[key], histogram]) if key in pixels else histogram
     lines: dict[tuple[str, str], list[list[float]]] = {}
     for (source, plate, _), histogram in sorted(pixels.items()):
         line = plate_line(histogram, job.intensity)
