@@ -50,10 +50,13 @@ class Selection:
     def of(cls, store: CropStore, split: Split, part: str) -> Selection:
         """The rows of one part (`train`, `val`, `test`) of the store's split.
 
-        Raises JobError where that part holds no row.
+        Raises JobError for another part, and for one that holds no row.
         """
-        mask = np.zeros(int(store.rows_per_group.sum()), dtype=np.bool_)
-        mask[split.rows(part)] = True
+        from cosmic_ray.stores.split import PARTS
+
+        if part not in PARTS:
+            raise JobError("part", part, "not a part of a split", f"the parts are {', '.join(PARTS)}")
+        mask = split.codes == PARTS.index(part)
         if not mask.any():
             raise JobError("split", part, "this part of the split holds no crop", "choose other fractions or groups")
         return cls(store.rows_per_group, mask)
