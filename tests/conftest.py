@@ -74,6 +74,19 @@ def data_root() -> Path:
 
 
 @pytest.fixture(scope="session")
+def mlflow_store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """URI of one embedded MLflow store for the session: making one takes seconds. Made on first use."""
+    return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
+
+
+@pytest.fixture
+def tracking(mlflow_store: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The session's MLflow store, to which MLFLOW_TRACKING_URI points for one test."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_store)
+    return mlflow_store
+
+
+@pytest.fixture(scope="session")
 def ray_local(s3_server: str) -> Iterator[None]:
     """A small Ray of this session's own: 4 logical CPUs, no dashboard; its workers know the S3 server."""
     import ray
