@@ -29,11 +29,11 @@ class Quality(Config):
     """Largest debris score (`q_debris`): doublings of brightness above, plus halvings of area below, the field's usual.
     A metaphase plate, half the area and twice as bright, has 2; an apoptotic body, a quarter and twice, has 3."""
 
-    min_contrast: float | None = 0.15
+    min_contrast: float | None = 0.25
     """Least (inside - around) / (inside + around) over the field's background (`q_contrast`)."""
 
-    max_edge_width: float | None = 0.3
-    """Widest outline, as a share of the diameter (`q_edge_width`): the rise from around to inside over its slope."""
+    max_edge_width: float | None = 0.4
+    """Widest outline, as a share of the diameter (`q_edge_width`): the brightness inside over its slope at the outline."""
 
     min_solidity: Annotated[float, Field(ge=0, le=1)] | None = 0.85
     """Least area over the area of the convex hull (`q_solidity`): less is several nuclei, or a broken one."""
@@ -61,8 +61,8 @@ def check_objects(
         the field's median, the medians over objects off the border;
         `q_contrast`, -1..1, (a - b) / (a + b) for the means above the field's background of the object (a) and of the
         ring around it (b);
-        `q_edge_width`, 0..1, (a - b) over the mean slope at the outline, over the diameter of a disc of that area; 1
-        where there is no edge;
+        `q_edge_width`, 0..1, a over the mean slope at the free outline (px), over the diameter of a disc of that area;
+        1 where there is no slope;
         `q_solidity`, 0..1;
         `q_touching`, 0..1, share of the object's outline that lies against another object.
         And (n,) str: the first of `QUALITY_REASONS` that holds, or "". Where the checks are not enabled, no columns and
@@ -119,7 +119,7 @@ def _edges(
     slope = np.hypot(down[outline], right[outline])[free]
     steep = np.bincount(owner[free], slope, minlength=n) / np.maximum(np.bincount(owner[free], minlength=n), 1)
 
-    reach = max(2, round(float(np.median(diameter)) / 8))
+    reach = max(2, round(float(np.median(diameter)) / 4))
     near = _around(labels, reach)
     ring = near > 0
     pixels = np.bincount(row[near[ring]], minlength=n)
@@ -129,7 +129,7 @@ def _edges(
     rise = inside - around
     return {
         "q_contrast": rise / np.maximum(np.abs(inside) + around, 1e-9),
-        "q_edge_width": np.clip(np.where(rise > 0, rise / np.maximum(steep, 1e-9) / diameter, 1), 0, 1),
+        "q_edge_width": np.clip(np.where(inside > 0, inside / np.maximum(steep, 1e-9) / diameter, 1), 0, 1),
         "q_touching": np.bincount(owner[beside], minlength=n) / length,
     }
 

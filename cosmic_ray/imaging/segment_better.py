@@ -1,7 +1,7 @@
 """The recipe `better`: find the scale of the field, level its light, let a small network mark the nuclei, part them.
 
-Everything that decides a label is either counted in whole numbers or rounded to them right after a filter in float, so
-that a difference in the last bit of a sum does not grow into another label.
+Everything that decides a label is counted in whole numbers, or rounded to them from float64 right after a filter: where
+two machines differ in the last bit of a sum, no label will.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def segment_better(image: np.ndarray, settings: Segmentation, layers: dict[str, 
         found = _typical_diameter(objects) / scale
         if not found or 0.75 < found / diameter < 1.33:
             break
-        diameter = found
+        diameter = 2 ** (round(8 * np.log2(found)) / 8)
     return _restored(objects, inside, image.shape, settings.min_area_px)
 
 
@@ -52,18 +52,34 @@ def estimate_diameter(image: np.ndarray) -> tuple[float, bool]:
     embryo say, rather than a nucleus's.
 
     Returns:
-        The guess, and whether it is to be taken as it is: what a network finds in a whole sample says little.
+        The guess, in eighths of a doubling, and whether it is to be taken as it is: what the network finds at the
+        scale of a whole sample says little.
     """
     from scipy import ndimage
 
     block = max(1, -(-max(image.shape) // 700))
     root = ndimage.gaussian_filter(np.sqrt(_block_means(image, block)), 1.0)
+    root = np.maximum(root - _shade(root), 0)
     side = min(root.shape)
     guess = _thickness(_rounded(root))
     sample = guess > side / 3.5
     if sample:
         guess = _thickness_of_detail(root, side / 6)
-    return max(guess, 5.0) * block, sample
+    return 2 ** (round(8 * np.log2(max(guess, 5.0) * block)) / 8), sample
+
+
+def _shade(image: np.ndarray, blocks: int = 6) -> np.ndarray:
+    """Uneven background, coarsely: the dark end of each block and its neighbours, interpolated between the blocks."""
+    from scipy import ndimage
+
+    bands = np.array_split(image, blocks, axis=0)
+    tiles = [np.array_split(band, blocks, axis=1) for band in bands]
+    dark = np.array([[np.sort(tile, axis=None)[tile.size // 10] for tile in row] for row in tiles])
+    grid = ndimage.minimum_filter(dark, 3, mode="nearest")
+    steps = [blocks / side for side in image.shape]
+    return ndimage.affine_transform(
+        grid, steps, [step / 2 - 0.5 for step in steps], image.shape, order=1, mode="nearest"
+    )
 
 
 def _thickness_of_detail(root: np.ndarray, reach: float) -> float:
@@ -113,18 +129,18 @@ def _middle_by_area(values: np.ndarray, area: np.ndarray) -> float:
 
 
 def _block_means(image: np.ndarray, block: int) -> np.ndarray:
-    """(H // block, W // block) float32 means of squares of `block` px; what is left at the far edges is dropped."""
+    """(H // block, W // block) float64 means of squares of `block` px; what is left at the far edges is dropped."""
     height, width = (side // block * block for side in image.shape)
     if block == 1:
-        return image.astype(np.float32)
+        return image.astype(np.float64)
     wide = np.int64 if image.dtype.kind == "u" else np.float64
     sums = np.add.reduceat(image[:height, :width], np.arange(0, height, block), axis=0, dtype=wide)
     sums = np.add.reduceat(sums, np.arange(0, width, block), axis=1)
-    return (sums / block**2).astype(np.float32)
+    return sums / block**2
 
 
 def rescale(image: np.ndarray, scale: float) -> np.ndarray:
-    """The field at `scale` times its size, both sides at least 16 px: (H', W') float32. Smoothed before it shrinks."""
+    """The field at `scale` times its size, both sides at least 16 px: (H', W') float64. Smoothed before it shrinks."""
     from scipy import ndimage
 
     target = [max(16, round(side * scale)) for side in image.shape]
@@ -135,10 +151,9 @@ def rescale(image: np.ndarray, scale: float) -> np.ndarray:
         small = ndimage.gaussian_filter(small, 0.45 / shrink)
     kept = [side // block * block / side for side in image.shape]
     zoom = [(size * share) / have for size, share, have in zip(target, kept, small.shape, strict=True)]
-    result = ndimage.affine_transform(
+    return ndimage.affine_transform(
         small, [1 / z for z in zoom], [0.5 / z - 0.5 for z in zoom], tuple(target), order=1, mode="nearest"
     )
-    return result.astype(np.float32)
 
 
 def normalise(image: np.ndarray, floor: float = 0.15) -> np.ndarray:
@@ -148,7 +163,7 @@ def normalise(image: np.ndarray, floor: float = 0.15) -> np.ndarray:
     below `floor` of the field's highest is raised to that, so that noise is not taken for nuclei.
 
     Args:
-        image: (H, W) float32, linear in light, nuclei about `DIAMETER_PX` wide.
+        image: (H, W) float64, linear in light, nuclei about `DIAMETER_PX` wide.
 
     Returns:
         (H, W) uint8: the square root of the corrected light, 0 background, about 200 the nuclei.
@@ -203,7 +218,7 @@ def _restored(objects: np.ndarray, inside: np.ndarray, shape: tuple[int, int], m
     labels = grown[rows][:, columns]
     if max(ratio) < 1:
         level = ndimage.affine_transform(
-            inside.astype(np.float32), ratio, [r / 2 - 0.5 for r in ratio], shape, order=1, mode="nearest"
+            inside.astype(np.float64), ratio, [r / 2 - 0.5 for r in ratio], shape, order=1, mode="nearest"
         )
         labels = np.where(level > EDGE, labels, 0)
     area = np.bincount(labels.ravel(), minlength=objects.max() + 1)

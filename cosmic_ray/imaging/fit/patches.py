@@ -47,7 +47,7 @@ def _masked(image_path: Path, labels_path: Path) -> MaskedField:
     area = np.sort(np.bincount(labels.ravel())[1:])
     diameter = 2 * float(np.sqrt(area[np.searchsorted(np.cumsum(area), area.sum() / 2)] / np.pi))
     scale = min(MASTER_PX / diameter, 2.5)
-    small = rescale(image, scale)
+    small = rescale(image, scale).astype(np.float32)
     rows, columns = (
         np.minimum(((np.arange(to) + 0.5) * have / to).astype(int), have - 1)
         for to, have in zip(small.shape, labels.shape, strict=True)
