@@ -14,11 +14,13 @@ from PIL import Image
 
 from cosmic_ray import storage
 from cosmic_ray.config import validate
-from cosmic_ray.errors import CosmicError, JobError
+from cosmic_ray.errors import CosmicError, DataError, JobError
+from cosmic_ray.imaging import candidates
 from cosmic_ray.imaging.job import BuildCrops
-from cosmic_ray.imaging.segment import measure
+from cosmic_ray.imaging.segment import measure, segment
 from cosmic_ray.stores.columns import images
 from cosmic_ray.stores.verify import verify_store
+from cosmic_ray.stores.writer import order_keys
 
 ALL = {"low": 0, "high": 100}
 PER_PLATE = {"recipe": "better", "segmentation": {"recipe": "paper"}, "quality": {"max_debris": None}}
@@ -345,3 +347,46 @@ def test_the_recipe_decides_what_the_job_does_not_say():
     assert resolved(recipe="paper") == ("paper", False, "patch")
     assert resolved(recipe="paper", intensity={"mapping": "plate"}) == ("paper", False, "plate")
     assert resolved(segmentation={"min_area_px": 9}) == ("better", True, "plate")
+
+
+def test_equal_keys_at_the_edges_of_shards_lose_and_repeat_nothing(tmp_path, monkeypatch):
+    """Two 64-bit keys hardly ever meet; here all are one of five, so that shards begin inside runs of equal keys."""
+    monkeypatch.setattr(candidates, "order_keys", lambda ids, seed: order_keys(ids, seed) % np.uint64(5))
+    plate(str(tmp_path / "plate"), 7)
+    hashes = set()
+    for chunk_fields, groups in ((1, 1), (3, 2), (100, 5)):
+        out = str(tmp_path / f"out-{groups}")
+        results, store = build(
+            str(tmp_path / "plate"), out, chunk_fields=chunk_fields, groups_per_shard=groups, rows_per_group=4
+        )
+        ids = [row["crop_id"] for row in rows_of(store)[0]]
+        assert len(set(ids)) == len(ids) == results["rows"] > 80
+        hashes.add(results["content_hash"])
+    assert len(hashes) == 1
+
+
+def test_a_fault_of_segmentation_is_listed_and_ends_nothing(tmp_path, monkeypatch):
+    drawn = plate(str(tmp_path / "plate"), 6)
+
+    def faulty(image, settings):
+        if (image == drawn[2].image).all():
+            raise ValueError("a hull of three points")
+        return segment(image, settings)
+
+    monkeypatch.setattr(candidates, "segment", faulty)
+    results, _ = build(str(tmp_path / "plate"), str(tmp_path / "out"))
+    assert results["fields_rejected"] == {"failed": 1}
+    (row,) = table_of(str(tmp_path / "out"), "rejected.parquet").to_pylist()
+    assert row["detail"] == "ValueError: a hull of three points"
+
+
+def test_a_server_that_does_not_answer_ends_the_job_and_rejects_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("cosmic_ray.s3.FIRST_DEADLINE_S", 0.5)
+    keys = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1"}
+    for name, value in {**keys, "AWS_ENDPOINT_URL": "http://127.0.0.1:9"}.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "fields.csv").write_text("field_uri\ns3://bucket/a.tif\n")
+    with pytest.raises(DataError, match="no answer"):
+        source = {"uri": str(tmp_path / "fields.csv"), "layout": "table", "names": None}
+        build(str(tmp_path), str(tmp_path / "out"), source=source)
+    assert not storage.listing(str(tmp_path / "out"), "candidates/*")
