@@ -13,8 +13,9 @@ import pyarrow as pa
 
 from cosmic_ray import storage
 from cosmic_ray.errors import DataError
-from cosmic_ray.inference.parts import SPLITS, matrix, part_uri, read_part
+from cosmic_ray.inference.parts import matrix, part_uri, read_part
 from cosmic_ray.stores.crops import CropStore
+from cosmic_ray.stores.split import PARTS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -51,7 +52,7 @@ def _obs(store: CropStore, codes: np.ndarray | None) -> pd.DataFrame:
     table = store.metadata([name for name in store.columns if name != "image"])
     columns = {name: _series(table[name]) for name in table.column_names if name != "crop_id"}
     if codes is not None:
-        columns["split"] = pd.Categorical.from_codes(codes.astype(np.int8), list(SPLITS))
+        columns["split"] = pd.Categorical.from_codes(codes.astype(np.int8), list(PARTS))
     return pd.DataFrame(columns, index=pd.Index(table["crop_id"].to_numpy(zero_copy_only=False), dtype=object))
 
 

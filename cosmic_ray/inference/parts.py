@@ -24,11 +24,11 @@ from cosmic_ray.errors import DataError
 from cosmic_ray.output import encode
 from cosmic_ray.stores.columns import images
 from cosmic_ray.stores.crops import CropStore
+from cosmic_ray.stores.split import PARTS, Split
 
 if TYPE_CHECKING:
     from cosmic_ray.registry.load import Encoder, Precision
 
-SPLITS = ("train", "val", "test")
 _AHEAD = 2
 """Row groups that a worker reads ahead."""
 
@@ -139,11 +139,9 @@ def matrix(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def split_codes(uri: str | None, store: CropStore) -> np.ndarray | None:
-    """uint8 (N,), an index of `SPLITS` for each row of the store; None without a split."""
+    """uint8 (N,), an index of `stores.split.PARTS` for each row of the store; None without a split."""
     if uri is None:
         return None
-    from cosmic_ray.stores.split import Split
-
     return Split.open(uri, store).codes
 
 
@@ -169,7 +167,7 @@ def _write(
     column = pa.FixedSizeListArray.from_arrays(pa.array(embeddings.ravel()), embeddings.shape[1])
     table = pa.table({"crop_id": crop_ids, "embedding": column})
     if codes is not None:
-        table = table.append_column("split", pa.DictionaryArray.from_arrays(pa.array(codes), list(SPLITS)))
+        table = table.append_column("split", pa.DictionaryArray.from_arrays(pa.array(codes), list(PARTS)))
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="none", use_dictionary=["split"])
     data = sink.getbuffer()

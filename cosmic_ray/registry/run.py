@@ -60,12 +60,18 @@ class MlflowRun:
             "json": self._json,
             "register": self._register,
             "end": self._end,
+            "published": self._published,
         }
 
     @property
     def run_id(self) -> str | None:
         """MLflow's id of the run; None until it was opened."""
         return self._record.get("run_id")
+
+    @property
+    def status(self) -> str | None:
+        """As the server was last told: RUNNING, FINISHED, FAILED, KILLED; None before that."""
+        return self._record.get("status")
 
     @property
     def registered(self) -> dict[str, str]:
@@ -124,6 +130,7 @@ class MlflowRun:
 
         self._end_orphans()
         self._client.update_run(self._id, status="RUNNING", name=event["name"])
+        self._remember(status="RUNNING")
         tags = {**event["tags"], PROCESS: event["process"]}
         self._client.log_batch(self._id, tags=[RunTag(key, _cut(value, _TAG_CHARS)) for key, value in tags.items()])
         params = [
@@ -176,6 +183,12 @@ class MlflowRun:
 
     def _end(self, event: Event) -> None:
         self._client.set_terminated(self._id, event["status"], event["time"])
+        self._remember(status=event["status"])
+
+    def _published(self, event: Event) -> None:
+        """The job's output is there, so a run that nobody ended (its process was killed just then) has finished."""
+        if self.status == "RUNNING":
+            self._end({"status": "FINISHED", "time": event["time"]})
 
     def _end_orphans(self) -> None:
         """End the runs that a process of this machine left RUNNING when it was killed, this one's aside."""

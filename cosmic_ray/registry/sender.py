@@ -41,6 +41,11 @@ class Sender:
         """Whether the last contact failed."""
         return self._away_since is not None
 
+    @property
+    def pending(self) -> bool:
+        """Whether something from this or an earlier process waits in the spool."""
+        return bool(self._spool)
+
     def put(self, event: Event) -> None:
         """Hand over one event; returns at once."""
         with self._lock:

@@ -129,9 +129,13 @@ class Tracker:
         self._sender.put({"op": "artifact", "uri": uri, "folder": folder})
 
     def register(self, folder: str, name: str, alias: str = "candidate") -> None:
-        """Register a model folder as a version of `name`, once however often it is asked for; see `registered`."""
+        """Register a model folder as a version of `name`, once however often it is asked for; see `registered`.
+
+        It outlives this process from here on, since a job whose output is published is not done again.
+        """
         self._patience_s = REGISTER_PATIENCE_S
         self._sender.put({"op": "register", "folder": storage.absolute(folder), "name": name, "alias": alias})
+        self._sender.settle(SAVING_PATIENCE_S)
 
     def close(self) -> None:
         """Deliver the rest, or spool it where the server does not take it in time."""
@@ -145,14 +149,15 @@ class Tracker:
 
 
 def deliver(out: str, uri: str | None = None) -> bool:
-    """Deliver what a run left undelivered in `out`.
+    """Deliver what the run of a finished job left undelivered in `out`, and see that the run is ended.
 
     Returns:
         Whether nothing is left.
     """
-    if not storage.listing(storage.join(storage.absolute(out), SPOOL), "*.jsonl"):
-        return True
-    _, sender = _open(out, uri)
+    run, sender = _open(out, uri)
+    if not sender.pending and run.status in (None, "FINISHED"):
+        return sender.close(0.0)
+    sender.put({"op": "published", "time": now_ms()})
     return _close(sender, REGISTER_PATIENCE_S)
 
 

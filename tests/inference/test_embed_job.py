@@ -14,6 +14,7 @@ import anndata
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from tiny_encoder import SIDE, export
 
 import cosmic_ray
@@ -23,6 +24,7 @@ from cosmic_ray.inference.embed import Embed
 from cosmic_ray.inference.parts import Work, embed_part
 from cosmic_ray.inference.read import Embeddings
 from cosmic_ray.registry.register import register_model
+from cosmic_ray.stores.split import PARTS, MakeSplit, Split
 
 ROWS = 75
 
@@ -46,14 +48,20 @@ def annotated(out: str, tmp_path: Path) -> anndata.AnnData:
 
 
 def in_process(model: str, store) -> np.ndarray:
-    return cosmic_ray.load_model(model, device="cpu").embed(store.crops(np.arange(len(store))), batch_size=8)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as a worker of one CPU: sums over another number of threads round otherwise
+    try:
+        return cosmic_ray.load_model(model, device="cpu").embed(store.crops(np.arange(len(store))), batch_size=8)
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.slow
 def test_parts_and_anndata_hold_what_one_process_computes(ray_local, crop_store, model, tmp_path):
     store = crop_store(ROWS, columns={"q_focus": np.linspace(0, 1, ROWS, dtype=np.float32)})
-    out = str(tmp_path / "out")
-    results = job(store, model, out, workers=2).run()
+    out, split = str(tmp_path / "out"), str(tmp_path / "split")
+    MakeSplit(store=store.uri, out=split, near_duplicates={"crops": None, "fields": None}).run()
+    results = job(store, model, out, workers=2, split=split).run()
     wanted = in_process(model, store)
     about = store.metadata([name for name in store.columns if name != "image"])
     embeddings = Embeddings.open(out)
@@ -74,7 +82,11 @@ def test_parts_and_anndata_hold_what_one_process_computes(ray_local, crop_store,
     }
     assert results["crops_per_s"] > 0
     assert 0 <= results["data_wait_share"] <= 1
-    assert job(store, model, out, workers=1).run() == {
+    in_parts = [PARTS[code] for code in Split.open(split, store).codes]
+    assert table["split"].to_pylist() == in_parts
+    assert found.obs["split"].tolist() == in_parts
+    assert embeddings.manifest["lineage"]["split"]["content_hash"] == Split.open(split, store).content_hash
+    assert job(store, model, out, workers=1, split=split).run() == {
         key: value for key, value in results.items() if key not in ("crops_per_s", "data_wait_share")
     }
     part = Path(out, "part-00001.parquet")

@@ -21,6 +21,7 @@ from tiny_encoder import export
 from cosmic_ray import storage
 from cosmic_ray.errors import DataError
 from cosmic_ray.registry import sender, server
+from cosmic_ray.registry import tracking as tracking_module
 from cosmic_ray.registry.tracking import Tracker, deliver
 
 JOB = {"kind": "pretrain-mae", "out": "runs/a", "crops": "s3://KEY:SECRET@bucket/crops", "optim": {"lr": 1e-4}}
@@ -158,6 +159,22 @@ def test_a_job_killed_outright_keeps_its_run_and_every_step(client, tmp_path):
     run = run_of(client, out)
     assert run.info.status == "FINISHED"
     assert curve(client, run, "train/loss") == [(step, float(step)) for step in range(1, 8)]
+
+
+def test_a_job_killed_after_it_was_published_still_registers_and_ends_its_run(client, tmp_path, monkeypatch):
+    monkeypatch.setattr(tracking_module, "SAVING_PATIENCE_S", 0.0)
+    out = str(tmp_path / "run")
+    export(f"{out}/model")
+    dead = track(out)
+    dead.register(f"{out}/model", "published")
+    dead._sender.close(60)
+    assert run_of(client, out).info.status == "RUNNING"
+    assert deliver(out)
+    run = run_of(client, out)
+    assert run.info.status == "FINISHED"
+    assert client.get_model_version_by_alias("published", "candidate").run_id == run.info.run_id
+    assert len(client.search_model_versions("name = 'published'")) == 1
+    assert deliver(out)
 
 
 @pytest.mark.exhaustive
