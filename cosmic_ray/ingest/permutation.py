@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-DEAL, GROUPS, ROWS, RECURRENCE = range(4)
+DEAL, GROUPS, ROWS = range(3)
 _WORD = (1 << 64) - 1
 
 

@@ -294,7 +294,7 @@ class Plan:
 
     def _make_window_rows(self, lane: int, epoch: int, window: int) -> np.ndarray:
         groups = self.window_groups(lane, epoch, window)
-        rows = [self.selection.rows(group) for group in groups]
+        rows = [self.selection.rows(group, epoch) for group in groups]
         both = np.array([np.repeat(groups, [len(part) for part in rows]), np.concatenate(rows)], dtype=np.int32)
         return both[:, permutation(both.shape[1], self.spec.seed, ROWS, (window, lane, epoch))]
 

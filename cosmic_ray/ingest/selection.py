@@ -19,8 +19,7 @@ class Selection:
     """The rows that each row group contributes to an epoch.
 
     `sizes`: int64 (G,), rows stored in each row group. `counts`: int64 (G,), rows that each contributes, the same in
-    every epoch. `digest`: hex, of the row-group
-    sizes and the rows selected, so that equal digests mean equal plans. Immutable.
+    every epoch. `digest`: hex, of the sizes and the rows selected, so that equal digests mean equal plans. Immutable.
     """
 
     def __init__(self, rows_per_group: np.ndarray, mask: np.ndarray | None = None):
@@ -39,7 +38,10 @@ class Selection:
             self.counts = np.array([np.count_nonzero(mask[a:b]) for a, b in pairs], dtype=np.int64)
             if not np.array_equal(self.counts, sizes):
                 self._bits = np.packbits(mask)
-        self.digest = self._digest()
+        digest = hashlib.sha256(b"rows" + sizes.astype("<i8").tobytes())
+        if self._bits is not None:
+            digest.update(b"selected" + self._bits.tobytes())
+        self.digest = digest.hexdigest()
 
     @classmethod
     def all(cls, store: CropStore) -> Selection:
@@ -61,6 +63,18 @@ class Selection:
             raise JobError("split", part, "this part of the split holds no crop", "choose other fractions or groups")
         return cls(store.rows_per_group, mask)
 
+    def narrowed(self, mask: np.ndarray) -> Selection:
+        """The selected rows for which `mask`, bool (N,), holds.
+
+        Raises JobError where that is none.
+        """
+        both = self.mask() & mask
+        if not both.any():
+            raise JobError(
+                "where", int(mask.sum()), "no selected crop meets the conditions", "look at the split as well"
+            )
+        return Selection(self.sizes, both)
+
     def without(self, groups: Iterable[int]) -> Selection:
         """This selection less whole row groups: those of a shard that cannot be read."""
         mask = self.mask()
@@ -73,8 +87,8 @@ class Selection:
         rows = int(self._starts[-1])
         return np.ones(rows, np.bool_) if self._bits is None else np.unpackbits(self._bits, count=rows).view(np.bool_)
 
-    def rows(self, group: int) -> np.ndarray:
-        """Int64 (counts[group],): the rows of row group `group` that it contributes, ascending.
+    def rows(self, group: int, epoch: int = 0) -> np.ndarray:
+        """Int64 (counts[group],): the rows that row group `group` contributes to `epoch`; here, the same to each.
 
         The one place that decides what a row group gives to an epoch.
         """
@@ -84,9 +98,3 @@ class Selection:
         first = start // 8
         bits = np.unpackbits(self._bits[first : (stop + 7) // 8])[start - 8 * first : stop - 8 * first]
         return np.flatnonzero(bits)
-
-    def _digest(self) -> str:
-        digest = hashlib.sha256(b"rows" + self.sizes.astype("<i8").tobytes())
-        if self._bits is not None:
-            digest.update(b"selected" + self._bits.tobytes())
-        return digest.hexdigest()

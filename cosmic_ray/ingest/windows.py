@@ -21,6 +21,7 @@ from cosmic_ray.stores.crops import CropStore
 AHEAD_BYTES = 64 * 2**20
 LOCAL_THREADS, REMOTE_THREADS = 2, 8
 _RUN = 32
+_KEPT = 4
 
 
 class _Window(NamedTuple):
@@ -81,6 +82,8 @@ class Windows:
             at += stop - start
         for key in [key for key, opened in self._open.items() if opened.last_step <= k]:
             self._free.append(self._open.pop(key).rows)
+        # Between two epochs all lanes have two windows open; what that took is given back.
+        del self._free[_KEPT:]
 
     def close(self) -> None:
         """Read no more."""

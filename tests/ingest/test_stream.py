@@ -13,6 +13,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from faulty import FaultyProxy
 
 from cosmic_ray import storage
 from cosmic_ray.errors import DataError, JobError
@@ -211,6 +212,18 @@ def test_from_s3(crop_store: Callable[..., CropStore], s3: str) -> None:
     plan = make_plan(store)
     for step, images, _ in taken(plain_batches(store.uri, plan, 0, 1, 2, plan.steps(2))):
         assert np.array_equal(images, expected(store, plan, step, range(4)))
+
+
+@pytest.mark.slow
+def test_a_server_that_fails_now_and_then_costs_only_time(
+    crop_store: Callable[..., CropStore], s3: str, faulty_s3: FaultyProxy
+) -> None:
+    store = crop_store(100, out=storage.join(s3, "store"))
+    plan = make_plan(store)
+    wanted = [expected(store, plan, k, range(4)) for k in range(plan.steps(1))]
+    faulty_s3.faults.extend(["503", None, "reset", None, "truncate", None, "500"])
+    got = taken(plain_batches(store.uri, plan, 0, 1, 0, plan.steps(1)))
+    assert not faulty_s3.faults and all(np.array_equal(batch[1], k) for batch, k in zip(got, wanted, strict=True))
 
 
 def reading_process() -> psutil.Process | None:

@@ -1,0 +1,71 @@
+"""`where:` - which crops of a store a job uses, by the values of their columns."""
+
+from __future__ import annotations
+
+import difflib
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from cosmic_ray.config import Config
+from cosmic_ray.errors import JobError
+from cosmic_ray.stores.crops import CropStore
+
+
+class Between(Config):
+    """A range of numbers, ends included; a missing value (NaN) lies in none."""
+
+    min: float | None = None
+    """Lowest value; null for no limit."""
+    max: float | None = None
+    """Highest value; null for no limit."""
+
+
+Condition = list[str] | list[float] | Between
+Where = dict[str, Condition]
+"""For each column the values wanted, or their range; all conditions must hold."""
+
+
+def matching(store: CropStore, where: Where) -> np.ndarray:
+    """Bool (N,): whether each row of the store meets every condition. Reads those columns of all rows, no image.
+
+    Raises:
+        JobError: for a column that the store lacks, a value that no crop has, and a range over text.
+    """
+    for column in where:
+        require_column(store, column, f"where.{column}")
+    table = store.metadata(list(where)) if where else None
+    mask = np.ones(len(store), np.bool_)
+    for column, condition in where.items():
+        values = table[column].combine_chunks()
+        chosen = _between if isinstance(condition, Between) else _among
+        mask &= chosen(column, values, condition)
+    return mask
+
+
+def require_column(store: CropStore, column: str, key: str) -> None:
+    """Raise JobError at `key` where the store has no such column of metadata."""
+    known = [name for name in store.columns if name != "image"]
+    if column not in known:
+        near = difflib.get_close_matches(column, known, n=1)
+        remedy = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"
+        raise JobError(key, column, "the store has no such column", remedy)
+
+
+def _between(column: str, values: pa.Array, wanted: Between) -> np.ndarray:
+    if not (pa.types.is_floating(values.type) or pa.types.is_integer(values.type)):
+        raise JobError(f"where.{column}", wanted.model_dump(), f"a range of {values.type}", "list the values wanted")
+    numbers = values.to_numpy(zero_copy_only=False)
+    low, high = (-np.inf if wanted.min is None else wanted.min), (np.inf if wanted.max is None else wanted.max)
+    return (numbers >= low) & (numbers <= high)
+
+
+def _among(column: str, values: pa.Array, wanted: list) -> np.ndarray:
+    found = pc.unique(values).to_pylist()
+    for value in wanted:
+        if value not in found:
+            near = difflib.get_close_matches(str(value), map(str, found), n=1)
+            remedy = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(map(str, found[:10]))}"
+            raise JobError(f"where.{column}", value, "no crop has this value", remedy)
+    return pc.is_in(values, pa.array(wanted, type=values.type)).to_numpy(zero_copy_only=False)
