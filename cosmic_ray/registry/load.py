@@ -175,7 +175,7 @@ def _download(client: Any, uri: str, where: str) -> StoredModel:
 
     from cosmic_ray.registry.register import FOLDER
 
-    with tempfile.TemporaryDirectory() as scratch:
+    with server.globally(where), tempfile.TemporaryDirectory() as scratch:
         found = mlflow.artifacts.download_artifacts(
             f"{uri}/data/{FOLDER}", dst_path=scratch, tracking_uri=where, registry_uri=where
         )
