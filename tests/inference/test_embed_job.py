@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import anndata
@@ -29,6 +30,15 @@ from cosmic_ray.stores.split import PARTS, MakeSplit, Split
 ROWS = 75
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As in a worker of one CPU: over another number of threads sums round otherwise."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def model(tmp_path: Path) -> str:
     export(str(tmp_path / "model"))
@@ -48,12 +58,7 @@ def annotated(out: str, tmp_path: Path) -> anndata.AnnData:
 
 
 def in_process(model: str, store) -> np.ndarray:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as a worker of one CPU: sums over another number of threads round otherwise
-    try:
-        return cosmic_ray.load_model(model, device="cpu").embed(store.crops(np.arange(len(store))), batch_size=8)
-    finally:
-        torch.set_num_threads(threads)
+    return cosmic_ray.load_model(model, device="cpu").embed(store.crops(np.arange(len(store))), batch_size=8)
 
 
 @pytest.mark.slow
