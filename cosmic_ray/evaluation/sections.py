@@ -153,7 +153,7 @@ def embeddings_of(uri: str) -> np.ndarray:
     """The embeddings published at `uri`, in store order: float32 (N, D)."""
     import pyarrow.parquet as pq
 
-    tables = [pq.read_table(storage.open_read(part)) for part in storage.listing(uri, "part-*.parquet")]
+    tables = [pq.read_table(pa.BufferReader(storage.read_bytes(part))) for part in storage.listing(uri, "part-*.parquet")]
     column = pa.concat_tables(tables)["embedding"].combine_chunks()
     return column.flatten().to_numpy().reshape(len(column), -1)
 
@@ -175,7 +175,7 @@ def _rejected_fields(uri: str) -> list[Table]:
     import pyarrow.parquet as pq
 
     try:
-        rejected = pq.read_table(storage.open_read(storage.join(uri, "rejected.parquet")))
+        rejected = pq.read_table(pa.BufferReader(storage.read_bytes(storage.join(uri, "rejected.parquet"))))
     except NotFoundError:
         return []
     names = [
