@@ -58,7 +58,7 @@ def crops(store: CropStore, split: Split) -> Part:
         ],
     )
     went_in.figures = [figure for figure in went_in.figures if figure]
-    look = Section("The crops", wide=[_pixels(montage(store, 72), "Crops taken evenly over the store.")])
+    look = Section("The crops", wide=[_pixels(montage(store, 40), "Crops taken evenly over the store.")])
     spread = Section(
         "The split",
         notes=["Training reads train, choices are made on val, test stays closed. Groups are never divided."],
@@ -99,7 +99,7 @@ def training(uri: str) -> Part:
     sections = [drawn]
     try:
         picture = storage.read_bytes(storage.join(uri, "reconstructions.png"))
-        words = "Held-out crops: what the encoder saw, what the decoder made of it, and the crop itself."
+        words = "Held-out crops: the crop, what the encoder saw of it, and what the decoder made of that."
         sections.append(Section("Reconstructions", wide=[_pixels(picture, words)]))
     except NotFoundError:
         pass
