@@ -35,7 +35,7 @@ class TrainingJob(Protocol):
     out: str
     scaling: Scaling
 
-    def loop(self, callbacks: Sequence[Callback], **place: Any) -> Loop:
+    def loop(self, callbacks: Sequence[Callback] = (), **place: Any) -> Loop:
         """The loop of one rank; `place`: device, stopping, beat, rank, world."""
 
 
@@ -109,15 +109,15 @@ class _Attempt:
 
     def _fit(self, folder: str) -> dict[str, Any]:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchConfig, TorchTrainer
+        from ray.train.torch import TorchConfig
         from ray.train.v2.api.config import LoggingConfig
 
-        from cosmic_ray.training.worker import work
+        from cosmic_ray.training.worker import Trainer, work
 
         scaling = self._job.scaling
         os.environ |= _environment(scaling)
         resources = {"CPU": scaling.cpus_per_worker} | ({"GPU": self._gpus} if self._gpus else {})
-        trainer = TorchTrainer(
+        trainer = Trainer(
             work,
             train_loop_config={"job": self._job, "wire": self._wire},
             scaling_config=ScalingConfig(

@@ -162,7 +162,7 @@ class PretrainMAE(Job):
 
         return pretrain.run(self)
 
-    def loop(self, callbacks: Sequence[Callback], **place: Any) -> Loop:
+    def loop(self, callbacks: Sequence[Callback] = (), **place: Any) -> Loop:
         """The step loop of one rank, for the driver or for a plain process; see `assemble.make_loop`."""
         from cosmic_ray.training import assemble
 

@@ -99,7 +99,7 @@ class Scaling(Config):
     cpus_per_worker: float = Field(1.0, gt=0)
     """CPUs that Ray sets aside for a worker; its threads are this, rounded down, and at least 1."""
 
-    cpus_per_reader: float = Field(0.5, gt=0)
+    cpus_per_reader: float = Field(0.25, gt=0)
     """CPUs that Ray Data gets to read for a worker, beside the worker's own."""
 
     gpus_per_worker: float | None = Field(None, ge=0)

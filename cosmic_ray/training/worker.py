@@ -8,6 +8,7 @@ from typing import Any
 
 import ray.train
 import torch
+from ray.train.torch import TorchTrainer, get_device
 
 from cosmic_ray import storage
 from cosmic_ray.errors import CosmicError, JobError
@@ -23,6 +24,17 @@ _HOPELESS = (TypeError, AttributeError, NameError, LookupError, ValueError, Impo
 """Mistakes in the code: the next attempt would end alike."""
 
 
+_UNUSED = ("PlacementGroupCleanerCallback", "DatasetsCallback")
+
+
+class Trainer(TorchTrainer):
+    """Ray Train without two of its helpers, each a process: one serves data that we do not give it, the other asks a
+    dashboard, which a local Ray does not have, twice a second whether the controller lives."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        return [each for each in super()._create_default_callbacks() if type(each).__name__ not in _UNUSED]
+
+
 def work(config: dict[str, Any]) -> dict[str, Any]:
     """Train `config["job"]` as one rank; `config["wire"]` leads to the driver.
 
@@ -35,9 +47,10 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
     watch = Watch(job.scaling.hang_timeout_s, f"worker {rank} of {world}")
     torch.set_num_threads(max(1, int(job.scaling.cpus_per_worker)))
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
     try:
         callbacks = [MetricsFile(storage.join(job.out, METRICS)), link]
-        loop = job.loop(callbacks, device=_device(), stopping=link.stopping, beat=watch.beat, rank=rank, world=world)
+        loop = job.loop(callbacks, device=get_device(), stopping=link.stopping, beat=watch.beat, rank=rank, world=world)
         ending, step = loop.run()
         return {"ending": ending, "step": step}
     except Exception as error:
@@ -63,9 +76,3 @@ def _final(error: Exception, out: str) -> CosmicError | None:
     if isinstance(error, _HOPELESS):
         return CosmicError(f"a mistake in the code, or in a library:\n{traceback.format_exc()}")
     return None
-
-
-def _device() -> torch.device:
-    from ray.train.torch import get_device
-
-    return get_device()

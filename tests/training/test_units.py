@@ -30,9 +30,7 @@ def test_schedule_by_hand():
     assert [factor(Schedule(kind="constant", warmup=0.0), step, 10) for step in (0, 9)] == [1.0, 1.0]
 
 
-@given(
-    st.sampled_from(["cosine", "constant"]), st.floats(0, 0.99), st.floats(0, 1), st.integers(1, 2000), st.data()
-)
+@given(st.sampled_from(["cosine", "constant"]), st.floats(0, 0.99), st.floats(0, 1), st.integers(1, 2000), st.data())
 def test_schedule_rises_then_never_rises_again(kind, warmup, final, steps, data):
     schedule = Schedule(kind=kind, warmup=warmup, final=final)
     step = data.draw(st.integers(0, steps - 1))

@@ -153,7 +153,9 @@ class Recorder:
 def on_ranks(world: int, scenario: Callable[..., Any], *args: Any) -> list[Any]:
     """`scenario(rank, world, *args)` in `world` processes of one gloo group: what each returned."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cosmic_ray.training.loop", "torch._dynamo", "torch.distributed.fsdp"])
+    context.set_forkserver_preload(
+        ["cosmic_ray.training.mae", "cosmic_ray.training.data", "torch._dynamo", "torch.distributed.fsdp"]
+    )
     with tempfile.TemporaryDirectory() as folder:
         processes = [
             context.Process(target=_rank, args=(rank, world, folder, scenario, args), daemon=True)
