@@ -28,7 +28,7 @@ def each(
         units: JSON-serialisable.
         shared: the same for all, sent once.
         workers: tasks at a time; None for one a CPU, 0 for this process and no Ray.
-        memory_bytes: what Ray sets aside for each task.
+        memory_bytes: what Ray sets aside for each task; at most what its largest node has.
         seen: key of the job -> URI that every node has to see.
 
     Raises:
@@ -46,6 +46,8 @@ def each(
 
     connect(workers)
     require_seen_everywhere(seen)
+    # A task that no node has the memory for would wait for one for ever.
+    largest = max(node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"])
     items = [{"unit": json.dumps(unit)} for unit in units]
     results = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         _call,
@@ -54,7 +56,7 @@ def each(
         fn_kwargs={"task": task, "shared": shared},
         compute=TaskPoolStrategy(size=workers),
         num_cpus=1,
-        memory=memory_bytes,
+        memory=min(memory_bytes, largest),
     )
     for block in results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         for text in block["result"].to_pylist():
