@@ -105,6 +105,7 @@ def _prepared(layers: dict[str, Layer]) -> dict:
 
 
 def _forward(x, layers: dict) -> np.ndarray:
+    import torch
     from torch.nn import functional
 
     def layer(name: str, x):
@@ -118,14 +119,12 @@ def _forward(x, layers: dict) -> np.ndarray:
         return x
 
     def joined(low, high):
-        return functional.interpolate(low, scale_factor=2, mode="nearest"), high
-
-    import torch
+        return torch.cat([functional.interpolate(low, scale_factor=2, mode="nearest"), high], 1)
 
     fine = block("e1", functional.pixel_unshuffle(x, 2))
     middle = block("e2", functional.max_pool2d(fine, 2))
     coarse = block("e3", functional.max_pool2d(middle, 2), 3)
-    middle = block("d2", torch.cat(joined(layer("u2", coarse), middle), 1))
-    fine = block("d1", torch.cat(joined(layer("u1", middle), fine), 1))
+    middle = block("d2", joined(layer("u2", coarse), middle))
+    fine = block("d1", joined(layer("u1", middle), fine))
     output = functional.pixel_shuffle(layer("out", fine), 2)[0, 0]
     return output.clamp_(-UNIT, UNIT).numpy().astype(np.int16)

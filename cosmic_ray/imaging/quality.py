@@ -33,7 +33,7 @@ class Quality(Config):
     """Least (inside - around) / (inside + around) over the field's background (`q_contrast`)."""
 
     max_edge_width: float | None = 0.4
-    """Widest outline, as a share of the diameter (`q_edge_width`): the brightness inside over its slope at the outline."""
+    """Widest outline, as a share of the diameter (`q_edge_width`): brightness inside over slope at the outline."""
 
     min_solidity: Annotated[float, Field(ge=0, le=1)] | None = 0.85
     """Least area over the area of the convex hull (`q_solidity`): less is several nuclei, or a broken one."""

@@ -115,7 +115,7 @@ def test_whole_numbers_say_what_the_float_network_says(tmp_path):
     source = PatchSource([], 1.0, np.random.default_rng(0))
     pool = [source.draw() for _ in range(4)]
     images = torch.from_numpy(np.stack([patch[0] for patch in pool]).astype(np.float32) / 255)[:, None]
-    net = NucleusNet()
+    net = NucleusNet().to(memory_format=torch.channels_last)
     with torch.no_grad():
         for _ in range(20):
             net(images)

@@ -150,7 +150,7 @@ def quantise(net: NucleusNet) -> dict[str, np.ndarray]:
         stored[f"{name}.weight"] = torch.round(scaled * power[:, None, None, None]).clamp(-127, 127).to(torch.int8)
         stored[f"{name}.bias"] = torch.round((bias / out + 0.5) * power).to(torch.int32)
         stored[f"{name}.shift"] = shift.to(torch.int8)
-    return {name: tensor.numpy() for name, tensor in stored.items()}
+    return {name: tensor.contiguous().numpy() for name, tensor in stored.items()}
 
 
 def _folded(net: NucleusNet, name: str) -> tuple[torch.Tensor, torch.Tensor]:
