@@ -91,7 +91,10 @@ class Lease:
 
     def _confirm(self) -> None:
         asked = time.monotonic()
-        self._lost = self._lost or max(self._numbers(), default=0) != self._number
+        held = self._read(self._number)
+        # The token matters on a server that ignores the condition of a put: there two may create one number.
+        mine = held is not None and held["token"] == self._token
+        self._lost = self._lost or not mine or max(self._numbers()) != self._number
         self._confirmed = asked
 
     def _beat(self) -> None:

@@ -105,6 +105,9 @@ def put(uri: str, data: bytes | memoryview, create: bool = False) -> None:
     """
     condition = {"IfNoneMatch": "*"} if create else {}
     try:
+        # Some servers ignore the condition; asking first leaves them only the moment between.
+        if create and exists(uri):
+            raise FileExistsError(uri)
         if len(data) > 2 * PART_BYTES:
             _put_parts(uri, memoryview(data), condition)
         else:
@@ -141,6 +144,14 @@ def size(uri: str) -> int:
     """Bytes of an object."""
     place = locate(uri)
     return int(_call(uri, lambda client: client.head_object(Bucket=place.bucket, Key=place.key))["ContentLength"])
+
+
+def exists(uri: str) -> bool:
+    """Whether there is an object."""
+    try:
+        return size(uri) >= 0
+    except NotFoundError:
+        return False
 
 
 def keys(uri: str, prefix: str, deep: bool = True, limit: int | None = None) -> Iterator[str]:

@@ -141,10 +141,7 @@ def exists(uri: str) -> bool:
     if is_local(uri):
         with _local_errors(uri):
             return local_path(uri).exists()
-    try:
-        return s3.size(uri) >= 0
-    except NotFoundError:
-        return any(s3.keys(uri, s3.locate(uri).key + "/", limit=1))
+    return s3.exists(uri) or any(s3.keys(uri, s3.locate(uri).key + "/", limit=1))
 
 
 def size(uri: str) -> int:

@@ -175,6 +175,14 @@ def test_a_claim_lost_twice_over_is_noticed(tmp_path: Path):
             target.publish({})
 
 
+def test_two_owners_of_one_number_both_stop(tmp_path: Path):
+    """What a server that ignores the condition of a put would make of two claims at once."""
+    with claim(Made(out=str(tmp_path))) as target:
+        storage.write_bytes(target.at("_lease-00001.json"), json.dumps(ELSEWHERE).encode())
+        with pytest.raises(FencedError):
+            target.publish({})
+
+
 def test_two_publications_of_one_output(tmp_path: Path):
     with claim(Made(out=str(tmp_path))) as target:
         storage.write_bytes(target.at("manifest.json"), b"{}")

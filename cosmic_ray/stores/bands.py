@@ -6,6 +6,8 @@ that agree in all bits of a band are candidates; the whole signature then decide
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 _DEPTH = 16
@@ -18,23 +20,24 @@ def signatures(features: np.ndarray, bits: int, seed: int = 0) -> np.ndarray:
     return np.packbits(features @ planes > 0, axis=1)
 
 
-def similar_pairs(keys: np.ndarray, bits: np.ndarray, most: int) -> np.ndarray:
+def similar_pairs(key_of: Callable[[int], np.ndarray], bands: int, bits: np.ndarray, most: int) -> np.ndarray:
     """Row pairs that share a key and differ in at most `most` bits: int64 (P, 2), each once, the lower row first.
 
     Of many rows with one key each meets the 16 that follow it when sorted by the next band's key too, so that the work
-    is at most 16 N comparisons a band.
+    is at most 16 N comparisons a band, and memory about 60 bytes a row.
 
     Args:
-        keys: uint64 (N, bands).
+        key_of: the keys of all rows in a band, 0..bands-1: uint64 (N,).
         bits: packed uint8 (N, B); may be a memory map.
     """
     found = [np.empty(0, np.int64)]
-    count, bands = keys.shape
+    count = len(bits)
     for band in range(bands):
-        order = np.lexsort((keys[:, (band + 1) % bands], keys[:, band]))
-        ordered = keys[order, band]
+        keys = key_of(band)
+        order = np.lexsort((key_of((band + 1) % bands), keys))
+        keys = keys[order]
         for step in range(1, min(_DEPTH, count - 1) + 1):
-            same = np.flatnonzero(ordered[step:] == ordered[:-step])
+            same = np.flatnonzero(keys[step:] == keys[:-step])
             if not len(same):
                 break
             for start in range(0, len(same), _BLOCK):
@@ -47,11 +50,10 @@ def similar_pairs(keys: np.ndarray, bits: np.ndarray, most: int) -> np.ndarray:
     return np.stack([unique // max(count, 1), unique % max(count, 1)], axis=1)
 
 
-def band_keys(bits: np.ndarray, band_bits: int) -> np.ndarray:
-    """Cut packed signatures (N, B) into bands of `band_bits` (a multiple of 8): uint64 (N, 8 B // band_bits)."""
+def band_key(bits: np.ndarray, band: int, band_bits: int) -> np.ndarray:
+    """Bits `band * band_bits` .. of packed signatures (N, B), as numbers: uint64 (N,). `band_bits` is 8, 16, .. 64."""
     width = band_bits // 8
-    bands = bits.shape[1] // width
-    keys = np.zeros((len(bits), bands), np.uint64)
+    keys = np.zeros(len(bits), np.uint64)
     for byte in range(width):
-        keys |= bits[:, byte : bands * width : width].astype(np.uint64) << np.uint64(8 * byte)
+        keys |= bits[:, band * width + byte].astype(np.uint64) << np.uint64(8 * byte)
     return keys
