@@ -19,7 +19,7 @@ from cosmic_ray.stores.crops import CropStore
 
 BITS, BAND_BITS = 512, 32
 LEAST_PX = 50
-"""Smaller nuclei say too little to be told apart; they are left alone."""
+"""Smaller nuclei say too little to be told apart; they, and those of one grey, are left alone."""
 _GRID, _WAVES = 24, 12
 _MOST_BITS_APART = 20
 _AREA_STEP = np.log(1.2)
@@ -33,7 +33,7 @@ class Fingerprints(NamedTuple):
     exact: np.ndarray
     """uint64 (N,): xxh3_64 of the pixels; 0 for a crop that is left alone."""
     area: np.ndarray
-    """int32 (N,): nonzero pixels."""
+    """int32 (N,): nonzero pixels; 0 for a crop that is left alone."""
     bits: np.ndarray
     """uint8 (N, BITS / 8): the texture's signature."""
 
@@ -42,8 +42,10 @@ def fingerprints(crops: np.ndarray) -> Fingerprints:
     """Fingerprint uint8 (N, C, H, W)."""
     total = crops[:, 0] if crops.shape[1] == 1 else crops.sum(axis=1, dtype=np.float32)
     area = np.count_nonzero(total, axis=(1, 2)).astype(np.int32)
+    one_grey = total.sum(axis=(1, 2), dtype=np.float64) == area * total.max(axis=(1, 2)).astype(np.float64)
+    area[(area < LEAST_PX) | one_grey] = 0
     exact = np.fromiter((xxhash.xxh3_64_intdigest(crop) for crop in crops), np.uint64, len(crops))
-    return Fingerprints(np.where(area < LEAST_PX, 0, exact), area, signatures(_texture(total), BITS))
+    return Fingerprints(np.where(area, exact, 0), area, signatures(_texture(total), BITS))
 
 
 def exact_pairs(exact: np.ndarray) -> np.ndarray:
@@ -95,7 +97,7 @@ def _candidates(area: np.ndarray, bits: np.ndarray) -> np.ndarray:
         return band_key(bits, band, BAND_BITS) | bins << np.uint64(BAND_BITS)
 
     pairs = similar_pairs(key_of, BITS // BAND_BITS, bits, _MOST_BITS_APART)
-    pairs = pairs[(area[pairs] >= LEAST_PX).all(axis=1)]
+    pairs = pairs[area[pairs].all(axis=1)]
     low, high = np.minimum(*area[pairs].T), np.maximum(*area[pairs].T)
     return pairs[low >= 0.95 * high]
 

@@ -1,6 +1,7 @@
 """One pass over a store for `split`: grouping columns, and what tells near-duplicates.
 
-Memory: about 40 bytes a crop and column, 64 bytes a crop in a temporary file; 21.8 M crops: 2 GB and 1.4 GB.
+Measured per million crops: 60 CPU-s (mostly the textures of images), 0.1 GB of memory for near-duplicates and 0.05 GB
+for each grouping column, 64 MB in a temporary file. So 21.8 M crops take 3 GB and 25 CPU-minutes, reading aside.
 """
 
 from __future__ import annotations
