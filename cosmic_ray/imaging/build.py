@@ -127,7 +127,8 @@ def _outcomes(output: Output, chunks: Sequence[Sequence[Entry]], sidecars: Seque
     for entries, chunk in zip(chunks, sidecars, strict=True):
         for entry, about in zip(entries, chunk.fields, strict=True):
             known = {name: getattr(entry, name) for name in ("origin", *TEXT_COLUMNS)}
-            rows.append({"field_uri": entry.field_uri, **known, **about})
+            outcome = {name: about[name] for name in ("reason", "detail", "objects", "candidates", "digest")}
+            rows.append({"field_uri": entry.field_uri, **known, **outcome})
     table = pa.Table.from_pylist(rows)
     left_out = table.filter(pa.compute.not_equal(table["reason"], ""))
     for name, part in (("fields", table), ("rejected", left_out.drop_columns(["objects", "candidates", "digest"]))):

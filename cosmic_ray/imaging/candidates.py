@@ -72,7 +72,7 @@ def find_candidates(job: BuildCrops, entries: Sequence[Entry]) -> Found:
         reject = np.array(table["reject"].to_pylist())
         about |= {"objects": len(table), "candidates": len(patches)}
         if not patches:
-            about |= {"reason": "no nuclei", "detail": _told(reject)}
+            about |= {"reason": "no usable nuclei", "detail": _told(reject)}
         tables.append(table)
         measured = table["area_px"].to_numpy()[(reject == KEEP) | (reject == TOO_LARGE)]
         areas.setdefault(entry.source, []).append(Histogram.of(measured))
@@ -89,7 +89,7 @@ def find_candidates(job: BuildCrops, entries: Sequence[Entry]) -> Found:
 
 def _told(reject: np.ndarray) -> str:
     counts = Counter(reject.tolist()).most_common()
-    return f"{len(reject)} objects: " + ", ".join(f"{count} {reason}" for reason, count in counts) if counts else ""
+    return f"{len(reject)} objects: " + ", ".join(f"{count} {reason}" for reason, count in counts)
 
 
 def _objects_of(job: BuildCrops, entry: Entry, data: dict[str, bytes]) -> tuple[pa.Table, list[Patch]]:

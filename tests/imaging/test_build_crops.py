@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -18,6 +19,8 @@ from cosmic_ray.errors import CosmicError, DataError, JobError
 from cosmic_ray.imaging import candidates
 from cosmic_ray.imaging.job import BuildCrops
 from cosmic_ray.imaging.segment import measure, segment
+from cosmic_ray.jobs import load
+from cosmic_ray.simulation.job import SimulatePlates
 from cosmic_ray.stores.columns import images
 from cosmic_ray.stores.verify import verify_store
 from cosmic_ray.stores.writer import order_keys
@@ -217,7 +220,9 @@ BAD = {
     "flat": lambda good: tiff(np.full_like(good.image, 9)),
     "unsupported format": lambda good: b"not an image at all",
     "wrong dimensions": lambda good: tiff(np.stack([good.image] * 3), photometric="minisblack"),
-    "no nuclei": lambda good: tiff(np.where(np.eye(*good.image.shape) > 0, 2, 1).astype(np.uint8)),
+    "no nuclei": lambda good: tiff(
+        (np.arange(good.image.size).reshape(good.image.shape) % 97 // 96).astype(np.uint8) + 1
+    ),
 }
 
 
@@ -390,3 +395,42 @@ def test_a_server_that_does_not_answer_ends_the_job_and_rejects_nothing(tmp_path
         source = {"uri": str(tmp_path / "fields.csv"), "layout": "table", "names": None}
         build(str(tmp_path), str(tmp_path / "out"), source=source)
     assert not storage.listing(str(tmp_path / "out"), "candidates/*")
+
+
+def test_a_field_without_a_usable_nucleus_says_what_was_wrong_with_them(tmp_path):
+    plate(str(tmp_path / "plate"), 4)
+    edge = np.full((40, 40), 10, np.uint8)
+    edge[:20, :20] = 99
+    storage.write_bytes(str(tmp_path / "plate/A09_s1.tif"), tiff(edge))
+    results, _ = build(str(tmp_path / "plate"), str(tmp_path / "out"), max_rejected_share=0.5)
+    assert results["fields_rejected"] == {"no usable nuclei": 1}
+    (row,) = table_of(str(tmp_path / "out"), "rejected.parquet").to_pylist()
+    assert (row["detail"], row["well"]) == ("1 objects: 1 touches the border", "A09")
+
+
+@pytest.mark.parametrize("recipe", ["paper", "better"])
+def test_simulated_plates_become_simulated_crops_of_their_nuclei(tmp_path, recipe):
+    field = {"height": 256, "width": 256, "pixel_size_um": 0.325}
+    SimulatePlates(out=str(tmp_path / "plates"), wells=2, sites=1, processes=1, field=field).run()
+    results, store = build(str(tmp_path / "plates"), str(tmp_path / "out"), recipe=recipe, crop_px=96, area=ALL,
+                           source={"layout": "cpg", "names": None})  # fmt: skip
+    assert results["simulated"] is store.simulated is True
+    rows, _ = rows_of(store)
+    truth = pq.read_table(tmp_path / "plates" / "truth.parquet").to_pylist()
+    for row in rows:
+        assert row["pixel_size_um"] == np.float32(0.325)
+        here = [one for one in truth if (one["well"], str(one["site"])) == (row["well"], row["site"])]
+        away = [
+            math.hypot(one["centroid_x"] - row["centroid_x"], one["centroid_y"] - row["centroid_y"]) for one in here
+        ]
+        nearest = here[int(np.argmin(away))]
+        assert nearest["cell_line"] == row["cell_line"]
+        assert min(away) < 40, "every crop lies on a nucleus that was drawn"
+    assert len(rows) >= 0.5 * sum(not one["touches_border"] for one in truth)
+
+
+@pytest.mark.parametrize("name", ["build-crops", "build-crops-paper", "real-data"])
+def test_the_job_files_are_well_formed(name):
+    job = load(str(Path(__file__).parents[2] / "jobs" / f"{name}.yaml"), ["out=x"])
+    assert job.kind == "build-crops"
+    assert job.segmentation.recipe == job.recipe
