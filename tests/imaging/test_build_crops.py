@@ -212,6 +212,11 @@ def test_ready_crops_are_taken_as_they_are(tmp_path):
     assert (store.manifest.intensity.scope, store.manifest.intensity.masked) == ("stored", False)
 
 
+def specks(shape: tuple[int, int]) -> np.ndarray:
+    """Single bright pixels."""
+    return ((np.arange(shape[0] * shape[1]).reshape(shape) % 97 == 0) + 1).astype(np.uint8)
+
+
 BAD = {
     "truncated": lambda good: tiff(good.image)[:9000],
     "wrong dtype": lambda good: tiff(good.image.astype(np.float32)),
@@ -220,7 +225,7 @@ BAD = {
     "flat": lambda good: tiff(np.full_like(good.image, 9)),
     "unsupported format": lambda good: b"not an image at all",
     "wrong dimensions": lambda good: tiff(np.stack([good.image] * 3), photometric="minisblack"),
-    "no nuclei": lambda good: tiff(
+    "no nuclei": lambda good: tiff(specks(good.image.shape)),
         (np.arange(good.image.size).reshape(good.image.shape) % 97 // 96).astype(np.uint8) + 1
     ),
 }
@@ -429,7 +434,7 @@ def test_simulated_plates_become_simulated_crops_of_their_nuclei(tmp_path, recip
     assert len(rows) >= 0.5 * sum(not one["touches_border"] for one in truth)
 
 
-@pytest.mark.parametrize("name", ["build-crops", "build-crops-paper", "real-data"])
+@pytest.mark.parametrize("name", ["build-crops", "build-crops-paper", "import-crops", "real-data"])
 def test_the_job_files_are_well_formed(name):
     job = load(str(Path(__file__).parents[2] / "jobs" / f"{name}.yaml"), ["out=x"])
     assert job.kind == "build-crops"
