@@ -17,12 +17,20 @@ from cosmic_ray.errors import DataError
 from cosmic_ray.ingest.plan import Plan
 from cosmic_ray.ingest.windows import Windows
 from cosmic_ray.stores.crops import CropStore
+from cosmic_ray.stores.manifest import CropSpec
 
 CHUNK_BYTES = 32 * 2**20
 SCHEMA = pa.schema(
-    {"step": pa.int64(), "steps": pa.int64(), "images": pa.large_binary(), "digest": pa.string(), "error": pa.string()}
+    {
+        "step": pa.int64(),
+        "steps": pa.int64(),
+        "shape": pa.list_(pa.int64()),
+        "images": pa.large_binary(),
+        "digest": pa.string(),
+        "error": pa.string(),
+    }
 )
-"""First global batch and their number, their crops' bytes in order with `digest`; or else a DataError as JSON."""
+"""First global batch, number of them, (C, H, W), their crops' bytes in order, `digest`; or else a DataError as JSON."""
 
 
 def read_chunks(
@@ -50,7 +58,7 @@ def read_chunks(
                 rooms[0] = np.empty((sum(sizes) + 4 * len(sizes), nbytes), np.uint8)
             done, failure = _fill(windows, k, sizes, rooms[0])
             if done:
-                yield _chunk(k, done, rooms[0][: sum(sizes[:done])])
+                yield _chunk(k, done, store.spec, rooms[0][: sum(sizes[:done])])
             if failure:
                 yield _failed(k + done, failure)
                 return
@@ -81,15 +89,15 @@ def _fill(windows: Windows, k: int, sizes: list[int], room: np.ndarray) -> tuple
     return len(sizes), None
 
 
-def _chunk(k: int, steps: int, crops: np.ndarray) -> pa.Table:
+def _chunk(k: int, steps: int, spec: CropSpec, crops: np.ndarray) -> pa.Table:
     offsets = pa.py_buffer(np.array([0, crops.nbytes], np.int64))
     images = pa.Array.from_buffers(pa.large_binary(), 1, [None, offsets, pa.py_buffer(crops)])
-    return pa.table([[k], [steps], images, [digest(crops)], [""]], schema=SCHEMA)
+    return pa.table([[k], [steps], [spec.shape], images, [digest(crops)], [""]], schema=SCHEMA)
 
 
 def _failed(k: int, error: DataError) -> pa.Table:
     said = json.dumps({"uri": error.uri, "problem": error.problem, "remedy": error.remedy})
-    return pa.table([[k], [0], [b""], [""], [said]], schema=SCHEMA)
+    return pa.table([[k], [0], [[]], [b""], [""], [said]], schema=SCHEMA)
 
 
 def digest(crops: np.ndarray) -> str:

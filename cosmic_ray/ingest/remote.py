@@ -7,6 +7,7 @@ import json
 import time
 import warnings
 from collections.abc import Iterator
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
@@ -48,7 +49,7 @@ class RemoteWindows:
         read_cpus: float,
         ahead_bytes: int,
     ):
-        self._uri, self._last_step, self._read_cpus = store_uri, last_step, read_cpus
+        self._uri, self._first_step, self._read_cpus = store_uri, first_step, read_cpus
         self._read = functools.partial(
             chunks.read_chunks,
             store_uri=store_uri,
@@ -61,6 +62,14 @@ class RemoteWindows:
         self._crops, self._at = np.empty((0, 0), np.uint8), 0
         self._blocks = self._start(first_step)
 
+    @cached_property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the store's crops; the task has to have begun.
+
+        Raises DataError as `fill`.
+        """
+        return self._open(self._next_chunk(self._first_step), self._first_step)
+
     def fill(self, k: int, out: np.ndarray) -> None:
         """Copy what the lanes give to global batch `k` to `out`, uint8 (rows, bytes of a crop). Steps ascend by one.
 
@@ -68,7 +77,7 @@ class RemoteWindows:
             DataError: naming the shard that cannot be read.
         """
         if not self._steps_left:
-            self._open(self._next_chunk(k), k, out.shape[1])
+            self._open(self._next_chunk(k), k)
         out[:] = self._crops[self._at : self._at + len(out)]
         self._at += len(out)
         self._steps_left -= 1
@@ -87,13 +96,16 @@ class RemoteWindows:
             except ray.exceptions.RayError as error:
                 self._restart(k, error)
 
-    def _open(self, chunk: pa.Table, k: int, nbytes: int) -> None:
+    def _open(self, chunk: pa.Table, k: int) -> tuple[int, int, int]:
         if error := chunk["error"][0].as_py():
             raise DataError(**json.loads(error))
-        self._crops, self._at = np.frombuffer(chunk["images"].chunk(0).buffers()[2], np.uint8).reshape(-1, nbytes), 0
+        channels, height, width = chunk["shape"][0].as_py()
+        values = np.frombuffer(chunk["images"].chunk(0).buffers()[2], np.uint8)
+        self._crops, self._at = values.reshape(-1, channels * height * width), 0
         if chunk["step"][0].as_py() != k or chunks.digest(self._crops) != chunk["digest"][0].as_py():
             raise RuntimeError(f"{self._uri}: global batch {k} was damaged between its reading and its use")
         self._steps_left, self._restarts = chunk["steps"][0].as_py(), 0
+        return channels, height, width
 
     def _restart(self, k: int, error: Exception) -> None:
         self._blocks.close()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cosmic_ray.stores.manifest import CropSpec
-
 if TYPE_CHECKING:
     import torch
 
@@ -13,12 +11,12 @@ if TYPE_CHECKING:
 class Staging:
     """Hands out one of two buffers at a time, page-locked where CUDA is there, so that copies to it run beside work."""
 
-    def __init__(self, rows: int, spec: CropSpec):
+    def __init__(self, rows: int, shape: tuple[int, int, int]):
         import torch
 
         self._cuda = torch.cuda.is_available()
         room = max(rows, 1)
-        self._buffers = [torch.empty((room, *spec.shape), dtype=torch.uint8, pin_memory=self._cuda) for _ in range(2)]
+        self._buffers = [torch.empty((room, *shape), dtype=torch.uint8, pin_memory=self._cuda) for _ in range(2)]
         self._copied: list[torch.cuda.Event | None] = [None, None]
 
     def take(self, rows: int) -> torch.Tensor:

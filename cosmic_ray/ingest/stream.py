@@ -7,6 +7,7 @@ process. Epochs are one stream, and any step can be the first.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -19,7 +20,6 @@ from cosmic_ray.ingest.plan import Plan, Samples
 from cosmic_ray.ingest.staging import Staging
 from cosmic_ray.ingest.windows import AHEAD_BYTES, Windows
 from cosmic_ray.stores.crops import CropStore
-from cosmic_ray.stores.manifest import CropSpec
 
 if TYPE_CHECKING:
     import torch
@@ -60,6 +60,9 @@ class Batch:
 
 
 class _Source(Protocol):
+    @property
+    def shape(self) -> tuple[int, int, int]: ...
+
     def fill(self, k: int, out: np.ndarray) -> None: ...
 
     def close(self) -> None: ...
@@ -96,7 +99,7 @@ def batches(
     lanes = plan.lanes_of(rank, world)
     source = RemoteWindows(store_uri, plan, lanes, first_step, last_step, read_cpus, ahead_bytes)
     with closing(source):
-        yield from _staged(source, CropStore.open(store_uri).spec, plan, lanes, range(first_step, last_step), micro)
+        yield from _staged(source, plan, lanes, range(first_step, last_step), micro)
 
 
 def plain_batches(
@@ -112,23 +115,21 @@ def plain_batches(
 ) -> Iterator[Batch]:
     """As `batches`, without Ray: threads of this process read ahead."""
     lanes = plan.lanes_of(rank, world)
-    store = CropStore.open(store_uri)
-    source = Windows(store, plan, lanes, first_step, last_step, ahead_bytes)
+    source = Windows(CropStore.open(store_uri), plan, lanes, first_step, last_step, ahead_bytes)
     with closing(source):
-        yield from _staged(source, store.spec, plan, lanes, range(first_step, last_step), micro)
+        yield from _staged(source, plan, lanes, range(first_step, last_step), micro)
 
 
-def _staged(
-    source: _Source, spec: CropSpec, plan: Plan, lanes: range, steps: range, micro: int | None
-) -> Iterator[Batch]:
-    staging = Staging(plan.largest_slice(lanes), spec)
+def _staged(source: _Source, plan: Plan, lanes: range, steps: range, micro: int | None) -> Iterator[Batch]:
+    asked = time.perf_counter()
+    staging = Staging(plan.largest_slice(lanes), source.shape) if steps else None
     for k in steps:
-        asked = time.perf_counter()
         rows = len(plan.positions(k, lanes))
         images = staging.take(rows)
-        source.fill(k, images.numpy().reshape(rows, spec.nbytes))
+        source.fill(k, images.numpy().reshape(rows, math.prod(source.shape)))
         wait_s = time.perf_counter() - asked
         size = micro or max(rows, 1)
         for start in range(0, max(rows, 1), size):
             part = slice(start, min(start + size, rows))
             yield Batch(plan, lanes, k, images, part, start + size >= rows, 0.0 if start else wait_s)
+        asked = time.perf_counter()

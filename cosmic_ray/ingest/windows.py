@@ -65,6 +65,11 @@ class Windows:
             threads = LOCAL_THREADS if storage.is_local(store.uri) else REMOTE_THREADS
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="row-groups")
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the store's crops."""
+        return self._store.spec.shape
+
     def fill(self, k: int, out: np.ndarray) -> None:
         """Copy what the lanes give to global batch `k` to `out`, uint8 (rows, bytes of a crop). Steps ascend by one.
 
