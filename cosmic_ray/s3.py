@@ -12,9 +12,10 @@ import random
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, NamedTuple, TypeVar
 
-from cosmic_ray.errors import DataError, JobError, NotFoundError
+from cosmic_ray.errors import CosmicError, DataError, JobError, NotFoundError
 
 SCHEME = "s3://"
 ANONYMOUS = "s3://anonymous@"
@@ -80,7 +81,10 @@ def get_range(uri: str, start: int, length: int, tag: str | None = None) -> byte
     wanted = {"Bucket": place.bucket, "Key": place.key, "Range": f"bytes={start}-{start + length - 1}"}
     if tag is not None:
         wanted["IfMatch"] = tag
-    return _call(uri, lambda client: client.get_object(**wanted)["Body"].read(), beyond=b"")
+    try:
+        return _call(uri, lambda client: client.get_object(**wanted)["Body"].read(), beyond=b"")
+    except FileExistsError:
+        raise DataError(uri, "was replaced while it was read", "run again") from None
 
 
 def _get_first(uri: str) -> tuple[bytes, int, str]:
@@ -104,18 +108,20 @@ def put(uri: str, data: bytes | memoryview, create: bool = False) -> None:
             counts as written by us: the answer to an earlier attempt may have been lost on its way.)
     """
     condition = {"IfNoneMatch": "*"} if create else {}
+    data = memoryview(data).cast("B")
     try:
         # Some servers ignore the condition; asking first leaves them only the moment between.
         if create and exists(uri):
             raise FileExistsError(uri)
         if len(data) > 2 * PART_BYTES:
-            _put_parts(uri, memoryview(data), condition)
+            _put_parts(uri, data, condition)
         else:
             place = locate(uri)
             body = bytes(data)
             _call(uri, lambda client: client.put_object(Bucket=place.bucket, Key=place.key, Body=body, **condition))
-    except FileExistsError:
-        if get(uri) != bytes(data):
+    except (FileExistsError, NotFoundError):
+        # The second is a multipart upload that an earlier attempt has completed.
+        if get(uri) != data:
             raise
 
 
@@ -136,7 +142,8 @@ def _put_parts(uri: str, data: memoryview, condition: dict[str, str]) -> None:
         finished = {"MultipartUpload": {"Parts": parts}, **condition}
         _call(uri, lambda client: client.complete_multipart_upload(**upload, **finished))
     except BaseException:
-        _call(uri, lambda client: client.abort_multipart_upload(**upload))
+        with suppress(CosmicError):
+            _call(uri, lambda client: client.abort_multipart_upload(**upload))
         raise
 
 

@@ -275,6 +275,24 @@ def test_a_lost_answer_does_not_look_like_another_writer(s3: str, faulty_s3: Fau
 
 
 @pytest.mark.slow
+def test_a_lost_answer_to_a_large_write(s3: str, faulty_s3: FaultyProxy, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(s3_calls, "PART_BYTES", 5 * 2**20)
+    data = os.urandom(11 * 2**20)
+    faulty_s3.faults.extend([None] * 4 + ["lose-answer"])
+    storage.write_bytes(f"{s3}/x", data)
+    assert storage.read_bytes(f"{s3}/x") == data
+    verbs = [line.split()[0] for line in faulty_s3.requests]
+    assert verbs[:6] == ["POST", "PUT", "PUT", "PUT", "POST", "POST"]
+
+
+@pytest.mark.slow
+def test_parts_of_two_versions_are_not_mixed(s3: str):
+    storage.write_bytes(f"{s3}/x", b"new")
+    with pytest.raises(DataError, match="replaced while it was read"):
+        s3_calls.get_range(f"{s3}/x", 0, 2, tag='"of-the-old-one"')
+
+
+@pytest.mark.slow
 def test_a_server_that_stays_bad_is_given_up(s3: str, faulty_s3: FaultyProxy, monkeypatch: pytest.MonkeyPatch):
     faulty_s3.faults.extend(["503"] * 100)
     monkeypatch.setattr(s3_calls, "RETRY_DEADLINE_S", 1.5)
