@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "cosmic_ray"
-BASE = {"errors", "config", "progress", "s3", "storage", "output", "cluster"}
+BASE = {"errors", "config", "progress", "s3", "storage", "lease", "output", "cluster"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "config": {"errors"},
     "progress": set(),
     "s3": {"errors"},
     "storage": {"errors", "s3"},
-    "output": {"errors", "config", "storage"},
+    "lease": {"errors", "storage"},
+    "output": {"errors", "config", "storage", "lease"},
     "cluster": set(),
     "models": set(),
     "stores": BASE,
