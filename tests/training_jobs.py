@@ -70,3 +70,18 @@ def undisturbed(job: PretrainMAE, world: int) -> dict[int, str]:
     from training_toys import on_ranks
 
     return on_ranks(world, plain, job)[0]
+
+
+def stop_after(job: PretrainMAE, world: int, steps: int) -> None:
+    """Train `steps` steps on `world` processes, then save and stop."""
+    from training_toys import on_ranks
+
+    on_ranks(world, _stopping, job, steps)
+
+
+def _stopping(rank: int, world: int, job: PretrainMAE, steps: int) -> None:
+    from cosmic_ray.ingest.stream import plain_batches
+
+    asked = iter([False] * (steps - 1) + [True] * steps)
+    ending = job.loop(stream=plain_batches, rank=rank, world=world, stopping=lambda: next(asked)).run()
+    assert ending == ("stopped", steps)

@@ -11,20 +11,20 @@ from cosmic_ray import storage
 from cosmic_ray.errors import NotFoundError
 
 METRICS = "metrics.jsonl"
-_FLUSH_S = 5.0
+_PAUSE_S = 5.0
 
 
 class MetricsFile:
     """A callback of the loop: lines `{"step": steps done, name: value, ...}`.
 
-    The file is rewritten whole every few seconds and before each checkpoint, since an object store cannot append. A
-    resumed run drops the lines after its checkpoint: it makes them again.
+    The file is rewritten whole before each checkpoint, and in between as often as takes a hundredth of the time, since
+    an object store cannot append. A resumed run drops the lines after its checkpoint: it makes them again.
     """
 
     def __init__(self, uri: str):
         self._uri = uri
         self._lines: list[bytes] = []
-        self._written_at = 0.0
+        self._next_write = 0.0
 
     def on_start(self, info: Mapping[str, Any]) -> None:
         """Keep the lines of the steps that are done."""
@@ -34,7 +34,7 @@ class MetricsFile:
     def on_step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add a line."""
         self._lines.append(encode_line({"step": step, **metrics}))
-        if time.monotonic() - self._written_at > _FLUSH_S:
+        if time.monotonic() > self._next_write:
             self._write()
 
     def on_eval(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -49,8 +49,10 @@ class MetricsFile:
         """Nothing to add."""
 
     def _write(self) -> None:
+        started = time.monotonic()
         storage.write_bytes(self._uri, b"".join(self._lines))
-        self._written_at = time.monotonic()
+        ended = time.monotonic()
+        self._next_write = ended + max(_PAUSE_S, 100 * (ended - started))
 
 
 def read_metrics(uri: str) -> list[dict[str, Any]]:

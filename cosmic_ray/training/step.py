@@ -117,7 +117,7 @@ class Stepper:
     def _update(self, phase: str, sums: Mapping[str, Sum], told: Mapping[str, float]) -> dict[Key, torch.Tensor]:
         """Reduce the sums, finish the gradient and step; the reduced scalars."""
         scalars: dict[Key, torch.Tensor] = {
-            ("told", name): torch.tensor(value, dtype=torch.float64, device=self._device)
+            ("told", name): torch.full((), value, dtype=torch.float64, device=self._device)
             for name, value in told.items()
         }
         for name, (total, count) in sums.items():

@@ -107,4 +107,10 @@ class Link:
     def _exchange(self) -> None:
         with self._lock:
             events, self._events = self._events, []
-        self._stopping = ray.get(self._wire.exchange.remote(events), timeout=_PATIENCE_S) or self._stopping
+        try:
+            self._stopping |= ray.get(self._wire.exchange.remote(events), timeout=_PATIENCE_S)
+        except ray.exceptions.GetTimeoutError:
+            with self._lock:
+                self._events = events + self._events  # told twice at worst; nobody counts them
+        except ray.exceptions.RayError:
+            self._done.set()  # the driver is gone, and Ray will end this process too
