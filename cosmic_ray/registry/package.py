@@ -20,6 +20,7 @@ from cosmic_ray import storage
 from cosmic_ray.config import Config, validate
 from cosmic_ray.errors import CosmicError, DataError, NotFoundError
 from cosmic_ray.output import canonical, encode
+from cosmic_ray.registry.scrub import scrub
 from cosmic_ray.stores.manifest import CropSpec
 
 if TYPE_CHECKING:
@@ -156,7 +157,7 @@ def write_model(
             "embedding_width": _embedding_width(kwargs, state_dict, spec, steps),
             "weights_sha256": sha256,
             "digest": _digest(facts, sha256),
-            "lineage": dict(lineage),
+            "lineage": scrub(dict(lineage)),
             "simulated": simulated,
         },
         "model",

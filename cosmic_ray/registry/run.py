@@ -146,10 +146,10 @@ class MlflowRun:
         from mlflow.entities import Metric
 
         new = [
-            Metric(key, value, event["time"], event["step"])
+            Metric(_key(key), value, event["time"], event["step"])
             for event in events
             for key, value in event["values"].items()
-            if event["step"] > self._last_step.get(key, -1)
+            if event["step"] > self._last_step.get(_key(key), -1)
         ]
         for start in range(0, len(new), _METRICS_A_BATCH):
             batch = new[start : start + _METRICS_A_BATCH]

@@ -52,6 +52,11 @@ def test_the_digest_covers_what_decides_the_embeddings_and_nothing_else(tmp_path
     assert export(str(tmp_path / "d"), input_spec={"channels": ["c"], "height": 8, "width": 8}).digest != digest
 
 
+def test_no_secret_is_written_into_a_model(tmp_path):
+    lineage = {"store": {"uri": "s3://KEY:SECRET@bucket/crops", "content_hash": "5"}}
+    assert export(str(tmp_path), lineage=lineage).lineage["store"]["uri"] == "s3://***@bucket/crops"
+
+
 def test_fixed_buffers_that_are_not_stored_survive(tmp_path):
     kwargs = {
         "model_name": "eva02_tiny_patch14_224",

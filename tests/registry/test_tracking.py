@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import socket
@@ -18,6 +19,7 @@ import pytest
 import yaml
 from tiny_encoder import export
 
+import cosmic_ray
 from cosmic_ray import storage
 from cosmic_ray.errors import DataError
 from cosmic_ray.registry import sender, server
@@ -304,6 +306,7 @@ def test_a_server_that_is_away_costs_no_training_and_gets_everything_later(
         os.killpg(process.pid, signal.SIGCONT)
         until(lambda: not tracker._sender.away)
         steps.go(10)
+    tracker.on_eval(80, {"loss": float("nan"), "at (val)": 1.0})
     tracker.register(f"{out}/model", f"away-{port}")
     tracker.on_end("finished")
     started = time.monotonic()
@@ -321,5 +324,9 @@ def test_a_server_that_is_away_costs_no_training_and_gets_everything_later(
         run = run_of(client, out)
         assert run.info.status == "FINISHED"
         assert curve(client, run, "train/loss") == [(step, 1 / step) for step in range(1, 81)]
+        assert math.isnan(curve(client, run, "val/loss")[0][1])
+        assert curve(client, run, "val/at _val_") == [(80, 1.0)]
         assert client.get_model_version_by_alias(f"away-{port}", "candidate").run_id == run.info.run_id
+        model = cosmic_ray.load_model(f"models:/away-{port}@candidate", tracking=uri)
+        assert model.config.digest == cosmic_ray.load_model(f"{out}/model").config.digest
     assert deliver(out, uri), "nothing is left"
