@@ -17,13 +17,14 @@ import pytest
 import yaml
 from drawn_fields import make_job, plate
 
+from cosmic_ray import storage
 from cosmic_ray.stores.verify import verify_store
 
-STEPS: dict[str, Callable[[Path], bool]] = {
-    "catalogue": lambda out: (out / "catalogue.parquet").exists(),
-    "candidates": lambda out: len(list(out.glob("candidates/*.json"))) >= 5,
-    "selection": lambda out: (out / "selection.json").exists(),
-    "shards": lambda out: len(list(out.glob("shards/*.json"))) >= 5,
+STEPS: dict[str, Callable[[str], bool]] = {
+    "catalogue": lambda out: storage.exists(f"{out}/catalogue.parquet"),
+    "candidates": lambda out: len(storage.listing(f"{out}/candidates", "*.json")) >= 5,
+    "selection": lambda out: storage.exists(f"{out}/selection.json"),
+    "shards": lambda out: len(storage.listing(f"{out}/shards", "*.json")) >= 5,
 }
 
 
@@ -45,16 +46,18 @@ def start(job_file: Path, *overrides: str) -> subprocess.Popen:
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=environment)
 
 
-def interrupt(job_file: Path, reached: Callable[[Path], bool], signal_: int, *overrides: str) -> int:
+def interrupt(job_file: Path, reached: Callable[[str], bool], signal_: int, *overrides: str) -> int:
     """Start the job, send `signal_` once `reached`, and give its exit code; the store must not be there yet."""
-    process, out, deadline = start(job_file, *overrides), job_file.parent / "out", time.monotonic() + 120
+    given = [text.removeprefix("out=") for text in overrides if text.startswith("out=")]
+    out = given[0] if given else str(job_file.parent / "out")
+    process, deadline = start(job_file, *overrides), time.monotonic() + 120
     while not reached(out):
         assert process.poll() is None, (job_file.parent / "log").read_text()
         assert time.monotonic() < deadline, (job_file.parent / "log").read_text()
         time.sleep(0.001)
     process.send_signal(signal_)
     process.communicate()
-    assert not (out / "manifest.json").exists(), "the job was over before it was stopped"
+    assert not storage.exists(f"{out}/manifest.json"), "the job was over before it was stopped"
     return process.returncode
 
 
@@ -71,13 +74,15 @@ def undisturbed(job_file: Path) -> str:
     return make_job(str(home / "plate"), str(home / "undisturbed"), **keys).run()["content_hash"]
 
 
-def test_killed_in_every_step_it_ends_with_the_same_content(job_file):
+@pytest.mark.parametrize("where", ["local", pytest.param("s3", marks=pytest.mark.exhaustive)])
+def test_killed_in_every_step_it_ends_with_the_same_content(job_file, where, request):
+    out = f"{request.getfixturevalue('s3') if where == 's3' else job_file.parent}/out"
     for reached in STEPS.values():
-        assert interrupt(job_file, reached, signal.SIGKILL) == -signal.SIGKILL
-    results = finish(job_file)
+        assert interrupt(job_file, reached, signal.SIGKILL, f"out={out}") == -signal.SIGKILL
+    results = finish(job_file, f"out={out}")
     assert results["content_hash"] == undisturbed(job_file)
-    assert verify_store(results["out"]) == []
-    assert not (job_file.parent / "out" / "candidates").exists()
+    assert verify_store(out) == []
+    assert not storage.exists(f"{out}/candidates")
 
 
 def test_ctrl_c_stops_it_and_the_same_command_goes_on(job_file):
