@@ -298,7 +298,7 @@ def test_a_server_that_stays_bad_is_given_up(s3: str, faulty_s3: FaultyProxy, mo
     monkeypatch.setattr(s3_calls, "RETRY_DEADLINE_S", 1.5)
     with pytest.raises(DataError, match=r"no answer in 2 s: 503"):
         storage.read_bytes(f"{s3}/x")
-    assert len(faulty_s3.requests) >= 3
+    assert len(faulty_s3.requests) >= 2
 
 
 ACCESS, SECRET = "EXAMPLEACCESSKEY0001", "ExampleSecretOfTheTestServer000000000001"
