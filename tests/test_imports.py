@@ -17,7 +17,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "storage": {"errors", "s3"},
     "lease": {"errors", "storage"},
     "output": {"errors", "config", "storage", "lease"},
-    "cluster": set(),
+    "cluster": {"errors", "storage"},
     "models": set(),
     "stores": BASE,
     "simulation": BASE,
