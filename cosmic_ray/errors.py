@@ -8,6 +8,16 @@ class CosmicError(Exception):
 
     exit_code = 1
 
+    def __reduce__(self) -> tuple:
+        # Pickled as class and message by default; these take other arguments, and come back from other processes.
+        return _restored, (type(self), self.args, self.__dict__)
+
+
+def _restored(kind: type[CosmicError], args: tuple, facts: dict) -> CosmicError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(facts)
+    return error
+
 
 class JobError(CosmicError):
     """A job that must not start: an unknown or ill-typed key, a missing input, too few resources. Exits 2."""

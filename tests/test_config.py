@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import ClassVar, Literal
 
 import pytest
 
 from cosmic_ray.config import Config, Job, apply_overrides, parse_yaml, validate
-from cosmic_ray.errors import JobError, JobErrors
+from cosmic_ray.errors import DataError, FencedError, JobError, JobErrors
 
 
 class Scaling(Config):
@@ -79,6 +80,15 @@ def test_every_bad_key_is_named_at_once():
     with pytest.raises(JobErrors) as caught:
         validate(Train, {"lr": "fast", "scalling": {}})
     assert [error.key for error in caught.value.errors] == ["out", "lr", "scalling"]
+
+
+@pytest.mark.parametrize(
+    "error", [JobError("lr", 3, "wrong", "mend it"), DataError("s3://b/k", "torn", "restore"), FencedError("held")]
+)
+def test_errors_come_back_whole_from_another_process(error):
+    back = pickle.loads(pickle.dumps(error))
+    assert type(back) is type(error) and str(back) == str(error) and vars(back) == vars(error)
+    assert back.exit_code == error.exit_code
 
 
 def test_fingerprint_is_what_the_job_computes_not_how_or_where():

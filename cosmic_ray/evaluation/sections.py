@@ -11,9 +11,10 @@ import numpy as np
 import pyarrow as pa
 
 from cosmic_ray import storage
-from cosmic_ray.errors import NotFoundError
+from cosmic_ray.errors import DataError, NotFoundError
 from cosmic_ray.evaluation import figures, probe
 from cosmic_ray.evaluation.page import Section, Table
+from cosmic_ray.inference.read import Embeddings
 from cosmic_ray.output import read_manifest
 from cosmic_ray.stores.crops import CropStore
 from cosmic_ray.stores.show import montage
@@ -122,10 +123,8 @@ def training(uri: str) -> Part:
 
 def embedding(uri: str, store: CropStore, split: Split, seed: int) -> Part:
     """Maps of the embedding, and how well a linear model reads the cell line from it on val."""
-    vectors = embeddings_of(uri)
+    vectors = Embeddings.open(uri).vectors()
     if len(vectors) != len(store):
-        from cosmic_ray.errors import DataError
-
         raise DataError(uri, f"{len(vectors):,} embeddings for a store of {len(store):,} crops", "embed this store")
     about = store.metadata(["cell_line", "treatment", "plate", "area_px", "eccentricity", "mean_intensity"])
     shown = np.sort(np.random.default_rng(seed).permutation(len(store))[:_MAPPED])
@@ -147,15 +146,6 @@ def embedding(uri: str, store: CropStore, split: Split, seed: int) -> Part:
             f"eccentricity and brightness alone (chance {1 / len(set(lines)):.3f})."
         )
     return Part([section], [(facts["width"], "numbers an embedding")], {"embedding": facts})
-
-
-def embeddings_of(uri: str) -> np.ndarray:
-    """The embeddings published at `uri`, in store order: float32 (N, D)."""
-    import pyarrow.parquet as pq
-
-    tables = [pq.read_table(pa.BufferReader(storage.read_bytes(part))) for part in storage.listing(uri, "part-*.parquet")]
-    column = pa.concat_tables(tables)["embedding"].combine_chunks()
-    return column.flatten().to_numpy().reshape(len(column), -1)
 
 
 def origin(inputs: Mapping[str, str], manifests: Mapping[str, Mapping[str, Any]]) -> Section:
