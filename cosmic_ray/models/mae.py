@@ -7,7 +7,8 @@ the rest. Two recipes:
   pixels on masked patches only. Unstated there and taken from the MAE paper: sine-cosine positions, Xavier weights.
 - `better`: made for crops whose background is exactly 0. One channel; the visible quarter holds a quarter of the
   foreground patches of *every* image, in place of a number left to chance (an image with 8 of them shows none in
-  one view of ten); background weighs little in the loss; and a patch is predicted as level, spread and normalised
+  one view of ten); background hardly weighs in the loss; tokens start out on the scale of chromatin's contrast, not
+  of a photograph's; and a patch is predicted as level, spread and normalised
   pattern, so that faint chromatin counts as much as the nucleus's edge, while brightness (DNA content) stays a
   target and a reconstruction needs no statistic of the pixels it predicts.
 
@@ -39,6 +40,10 @@ from cosmic_ray.models.vit import (
 SPREAD_FLOOR = 0.02
 """Standard deviation (of intensity in [0, 1]; five grey levels of 255) below which a patch counts as flat: noise is not
 blown up, and a constant patch has a pattern of exactly 0."""
+CONTRAST_UNIT = 0.1
+"""Root-mean-square intensity of a patch whose token starts out as long as its position's, under `better`. Chromatin
+has about that contrast; with MAE's initialisation, made for standardised photographs, its tokens would be an order of
+magnitude shorter than the positions added to them, and training would begin by growing them."""
 LEVEL_UNIT = 0.2
 """Intensity that counts as one unit of error in a patch's level: about the spread of levels over nuclei."""
 
@@ -55,7 +60,7 @@ class MAEConfig:
     decoder_dim: int = 512
     decoder_depth: int = 1
     decoder_heads: int = 16
-    background_weight: float = 0.1
+    background_weight: float = 0.02
     """`better`: weight in the loss of a masked patch without a nucleus pixel; 1 for the others."""
 
     @property
@@ -101,6 +106,10 @@ class MaskedAutoencoder(nn.Module):
         self.config = config
         size, dim = config.encoder, config.decoder_dim
         self.encoder = build_encoder(size, config.channels)
+        if config.recipe == "better":
+            pixels = size.patch_size**2 * config.channels
+            # A token's length is std * rms * sqrt(pixels * width), a position's sqrt(width / 2).
+            nn.init.normal_(self.encoder.patch_embed.proj.weight, std=1 / (CONTRAST_UNIT * math.sqrt(2 * pixels)))
         self.decoder_embed = nn.Linear(size.embed_dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.register_buffer(

@@ -127,7 +127,7 @@ class TestLossByHand:
         first = (0.1 / scale) ** 2 + (1 - 0.3 / LEVEL_UNIT) ** 2 + (2 - math.log(scale / SPREAD_FLOOR)) ** 2
         second = 0.1**2 + 0.5**2 + 0.2**2  # patch 3 is flat: pattern, level and spread are 0
         pixels = ((0.2 - 1 * LEVEL_UNIT) ** 2 + (0.4 - 1 * LEVEL_UNIT) ** 2) / 2  # pattern 0: only the level speaks
-        expected = (first + 0.1 * second, 1.1, pixels, 1.0)
+        expected = (first + 0.02 * second, 1.02, pixels, 1.0)
         torch.testing.assert_close(result, MAELoss(*(torch.tensor([v]) for v in expected)))
 
     def test_perfect_predictions_cost_nothing_and_reconstruct(self) -> None:
@@ -183,6 +183,18 @@ class TestEncoder:
         tokens = plain.forward_features(images)
         torch.testing.assert_close(tokens[:, 1:].mean(1), embedding)  # the class token is not in the mean
         assert all(value.dtype == torch.float32 and value.is_contiguous() for value in weights.values())
+
+    def test_better_starts_with_tokens_as_long_as_their_positions(self) -> None:
+        """For patches of contrast 0.1 around 0; at MAE's initialisation (`paper`) they are several times shorter."""
+        ratios = {}
+        for recipe in RECIPES:
+            torch.manual_seed(0)
+            model = MaskedAutoencoder(MAEConfig.of("tiny", recipe, channels=1))
+            images = 0.1 * torch.randn(4, 1, 80, 80)
+            length = model.encoder.patch_embed(images).detach().norm(dim=-1).mean()
+            ratios[recipe] = float(length / model.encoder.pos_embed[:, 1:].norm(dim=-1).mean())
+        assert 0.9 < ratios["better"] < 1.1
+        assert ratios["paper"] < 0.3
 
     def test_paper_sizes(self) -> None:
         """App. A: ViT-L/16 at 224 on three channels; decoder 512 x 1 block, 16 heads, MLP ratio 4."""
