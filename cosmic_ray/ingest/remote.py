@@ -117,7 +117,8 @@ class RemoteWindows:
         self._blocks = self._start(k)
 
     def _start(self, first_step: int) -> Iterator[pa.Table]:
-        dataset = ray.data.from_arrow(pa.table({"first_step": [first_step]}))
+        # from_arrow would start a task of one CPU for the schema, and wait for ever where ranks and readers hold them.
+        dataset = ray.data.from_blocks([pa.table({"first_step": [first_step]})])
         with warnings.catch_warnings():
             # Ray would run a task that died again from its own first step, however long ago that was. There is no
             # other way to forbid it in this version, which warns that the way will change.

@@ -127,7 +127,7 @@ class _Attempt:
             run_config=RunConfig(
                 name=storage.name(self._job.out),
                 storage_path=folder,
-                failure_config=FailureConfig(max_failures=0),
+                failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
                 logging_config=LoggingConfig(log_level="ERROR"),
             ),
         )
@@ -210,6 +210,7 @@ def _environment(scaling: Scaling) -> dict[str, str]:
     return {
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(_HEALTH_CHECK_S),
         "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(scaling.hang_timeout_s),
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(max(60.0, scaling.hang_timeout_s)),
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
         "RAY_TRAIN_METRICS_ENABLED": "0",
         "RAY_CHDIR_TO_TRIAL_DIR": "0",

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import uuid
 from typing import TYPE_CHECKING
 
-from cosmic_ray import storage
 from cosmic_ray.cluster import Resources
 from cosmic_ray.errors import JobError
 
 if TYPE_CHECKING:
     from cosmic_ray.training.job import PretrainMAE
 
-_PROBE_S = 60.0
-
 
 def require_resources(job: PretrainMAE, parameters: int, found: Resources) -> float:
     """See that the cluster can hold the workers, their readers and the network; return the GPUs of a worker.
+
+    `parameters`: of the network. `found`: what the connected cluster has.
 
     Raises:
         JobError: naming the key, its value and the remedy.
@@ -24,9 +22,6 @@ def require_resources(job: PretrainMAE, parameters: int, found: Resources) -> fl
     gpus = _gpus(job, found)
     _require_cpus(job, found)
     _require_memory(job, parameters, found, gpus)
-    if found.nodes > 1:
-        for key in ("out", "crops", "split"):
-            _require_seen_everywhere(key, getattr(job, key))
     return gpus
 
 
@@ -69,41 +64,3 @@ def _require_memory(job: PretrainMAE, parameters: int, found: Resources, gpus: f
         f"beside their activations; the cluster has {found.memory_bytes / 1e9:.1f} GB"
     )
     raise JobError("model.preset", job.model.preset, problem, "choose a smaller preset, or train on GPUs")
-
-
-def _require_seen_everywhere(key: str, uri: str) -> None:
-    """Raise JobError where a local folder is not the same one on every node: a file written here must show there."""
-    if not storage.is_local(uri):
-        return
-    marker = storage.join(uri, f".seen-{uuid.uuid4().hex}")
-    if key == "out":
-        storage.write_bytes(marker, b"")
-    else:
-        marker = storage.join(uri, "manifest.json")
-    try:
-        blind = _blind_nodes(marker)
-    finally:
-        if key == "out":
-            storage.delete(marker)
-    if blind:
-        problem = f"a folder of this machine; {', '.join(blind)} would not see it"
-        raise JobError(key, uri, problem, "use s3://, a folder that all nodes mount, or workers on one node")
-
-
-def _blind_nodes(path: str) -> list[str]:
-    """Addresses of the live nodes on which there is no file at `path`."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    there = ray.remote(num_cpus=0, max_retries=0)(_is_there)
-    asked = [
-        there.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(path)
-        for node in nodes
-    ]
-    seen = ray.get(asked, timeout=_PROBE_S)
-    return [node["NodeManagerAddress"] for node, is_there in zip(nodes, seen, strict=True) if not is_there]
-
-
-def _is_there(path: str) -> bool:
-    return storage.exists(path)

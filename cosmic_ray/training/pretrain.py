@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from cosmic_ray import cluster, storage
 from cosmic_ray.errors import NotFoundError
-from cosmic_ray.output import Output, claim
+from cosmic_ray.output import MANIFEST, Output, claim
 from cosmic_ray.training import assemble, checkpoint
 from cosmic_ray.training.record import METRICS, read_metrics
 
@@ -40,6 +40,7 @@ def _make(job: PretrainMAE, output: Output) -> None:
 
     found = assemble.inputs(job)
     gpus = require_resources(job, assemble.parameters(found.model), cluster.connect())
+    cluster.require_seen_everywhere({"out": output.at("job.json"), **_manifests(job)})
     lineage = _lineage(job, found)
     with _tracker(job, lineage, found.store.simulated) as tracker:
         for line in read_metrics(output.at(METRICS)) if tracker else []:
@@ -76,6 +77,10 @@ def _finish(
             tracker.register(output.at(MODEL), job.tracking.register_as, job.tracking.alias)
     facts = {"model": output.at(MODEL), "steps": lineage["step"], "weights": checkpoint.digest(newest)}
     return {**facts, **metrics, "content_hash": config.digest}
+
+
+def _manifests(job: PretrainMAE) -> dict[str, str]:
+    return {key: storage.join(getattr(job, key), MANIFEST) for key in ("crops", "split")}
 
 
 def _lineage(job: PretrainMAE, found: Inputs) -> dict[str, Any]:

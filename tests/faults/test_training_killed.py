@@ -75,7 +75,7 @@ class Run:
 
     def workers(self) -> list[psutil.Process]:
         """The live training processes, in the order in which they began."""
-        found = [each for each in self._family() if "RayTrainWorker" in _title(each)]
+        found = [each for each in self.family() if "RayTrainWorker" in _title(each)]
         return sorted(found, key=lambda each: each.create_time())
 
     def signal(self, number: int) -> None:
@@ -88,14 +88,15 @@ class Run:
 
     def kill(self) -> None:
         """SIGKILL to everything, Ray's daemons included."""
-        for each in self._family():
+        for each in self.family():
             try:
                 each.kill()
             except psutil.NoSuchProcess:
                 continue
         self._process.wait(30)
 
-    def _family(self) -> list[psutil.Process]:
+    def family(self) -> list[psutil.Process]:
+        """The driver and all below it: Ray's daemons, the workers."""
         try:
             me = psutil.Process(self._process.pid)
             return [me, *me.children(recursive=True)]
@@ -217,10 +218,41 @@ def test_a_rank_that_dies_every_time_ends_the_run(crops, mlflow_store):
     keys = crops.keys("dying", **LONG | {"checkpoint": {"every": 10_000}})
     keys["scaling"] = {**LONG["scaling"], "max_failures": 1}
     with Run(keys, mlflow_store) as run:
-        for _ in range(2):
-            run.wait(lambda: len(run.workers()) == 2, "workers")
-            time.sleep(3)
+        for attempt in range(2):
+            run.wait(lambda attempt=attempt: run.log.read_text().count("train: 1/") > attempt, "first step")
             run.workers()[0].kill()
-            time.sleep(3)
         assert run.end() == 1
-    assert "error: 2 attempts in a row got no further: worker" in run.log.read_text()
+    assert "error: 2 attempts in a row got no further: " in run.log.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+@pytest.mark.timeout(900)
+def test_ctrl_c_twice_ends_at_once(crops, mlflow_store):
+    """A worker that cannot save does not hold the terminal; the second Ctrl-C leaves nothing behind."""
+    with Run(crops.keys("twice", **LONG), mlflow_store) as run:
+        run.wait_for(8)
+        family = run.family()
+        run.workers()[0].send_signal(signal.SIGSTOP)
+        run.signal(signal.SIGINT)
+        run.wait(lambda: "once more to stop at once" in run.log.read_text(), "answer")
+        run.signal(signal.SIGINT)
+        assert run.end() == 130
+        _, left = psutil.wait_procs(family, timeout=30)
+    assert not left
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+@pytest.mark.timeout(900)
+def test_the_controller_killed(crops, mlflow_store):
+    """Ray Train's own process dies: the driver starts another, and the run goes on."""
+    with Run(crops.keys("controller", **LONG), mlflow_store) as run:
+        run.wait_for(8)
+        (controller,) = [each for each in run.family() if "TrainController" in _title(each)]
+        controller.kill()
+        run.wait_for(run.step() + 16)
+        run.signal(signal.SIGINT)
+        assert run.end() == 130
+    assert "starting the workers again from step-" in run.log.read_text()
+    assert_undisturbed(crops, run)
