@@ -56,10 +56,12 @@ def run(
     if dry_run:
         _print(job.resolved(), as_json)
         return
+    from cosmic_ray.pipeline import check
+
     # A cluster that takes its node back sends SIGTERM: it must save and stop just as Ctrl-C does.
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
-        job.check()
+        check(job)
         _print(job.run(), as_json)
     except KeyboardInterrupt:
         say("stopped; run the same command again to go on")
@@ -202,12 +204,19 @@ def plan(
     global_batch: Annotated[int, typer.Option(help="The job's global batch.")] = 256,
     split: Annotated[str | None, typer.Option(help="URI of the job's split.")] = None,
     part: Annotated[str, typer.Option(help="Which part of the split.")] = "train",
+    lanes: Annotated[int | None, typer.Option(help="The job's data.lanes.")] = None,
+    window: Annotated[int | None, typer.Option(help="The job's data.window.")] = None,
+    remainder: Annotated[str | None, typer.Option(help="The job's data.remainder.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print the crop ids of one global batch: what was in it where the loss jumped?"""
+    """Print the crop ids of one global batch: what was in it where the loss jumped? Give what the job does not leave
+    at its default.
+    """
     from cosmic_ray.ingest.show import plan_step
 
-    found = plan_step(store, step=step, seed=seed, global_batch=global_batch, split=split, part=part)
+    order = {"lanes": lanes, "window": window, "remainder": remainder}
+    given = {key: value for key, value in order.items() if value is not None}
+    found = plan_step(store, step=step, seed=seed, global_batch=global_batch, split=split, part=part, **given)
     if as_json:
         print(json.dumps(found))
         return

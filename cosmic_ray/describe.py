@@ -7,8 +7,9 @@ import typing
 from dataclasses import dataclass
 from typing import Any
 
+import yaml
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
+from pydantic_core import PydanticUndefined, to_jsonable_python
 
 from cosmic_ray.config import Config, Job
 
@@ -24,15 +25,15 @@ class Key:
 
 
 def keys(model: type[Config], prefix: str = "") -> list[Key]:
-    """The keys of `model` in their order, nested ones with dotted paths."""
+    """The keys of `model` in order, nested ones with dotted paths; `NAME` stands for a mapping's key, `[]` for an item."""
     found = []
     for name, field in model.model_fields.items():
         path = f"{prefix}{name}"
         found.append(
             Key(path, type_name(field.annotation), _default(field), " ".join((field.description or "").split()))
         )
-        for nested in _configs(field.annotation):
-            found += keys(nested, f"{path}.")
+        for inside, nested in _configs(field.annotation):
+            found += keys(nested, f"{path}{inside}.")
     return found
 
 
@@ -68,15 +69,20 @@ def type_name(annotation: Any) -> str:
 
 
 def _default(field: FieldInfo) -> str:
+    """The default as it would stand in a job file."""
     if field.is_required():
         return "required"
     value = field.get_default(call_default_factory=True)
     if value is PydanticUndefined or isinstance(value, Config):
         return ""
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    text = yaml.safe_dump(to_jsonable_python(value, exclude_none=True), default_flow_style=True, width=float("inf"))
+    return text.removesuffix("...\n").strip()
 
 
-def _configs(annotation: Any) -> list[type[Config]]:
+def _configs(annotation: Any) -> list[tuple[str, type[Config]]]:
+    """The sets of keys inside a type, each with what its path has between the type's own and theirs."""
     if isinstance(annotation, type):
-        return [annotation] if issubclass(annotation, Config) else []
-    return [found for argument in typing.get_args(annotation) for found in _configs(argument)]
+        return [("", annotation)] if issubclass(annotation, Config) else []
+    inside = {dict: ".NAME", list: "[]", tuple: "[]"}.get(typing.get_origin(annotation), "")
+    found = [nested for argument in typing.get_args(annotation) for nested in _configs(argument)]
+    return [(inside + deeper, config) for deeper, config in found]

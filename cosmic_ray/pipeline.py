@@ -10,6 +10,7 @@ from pydantic import PrivateAttr, model_validator
 from cosmic_ray import storage
 from cosmic_ray.config import Job
 from cosmic_ray.errors import JobError
+from cosmic_ray.output import MANIFEST
 from cosmic_ray.progress import say
 
 _OUT = "${out}"
@@ -41,7 +42,9 @@ class Pipeline(Job):
 
     def check(self) -> None:
         """Check the first step whose output is missing; the later ones' inputs are not there yet."""
-        next(iter(self._jobs.values())).check()
+        missing = (job for job in self._jobs.values() if not _published(job))
+        if (first := next(missing, None)) is not None:
+            first.check()
 
     def run(self) -> dict[str, Any]:
         """Run each step, checked when its turn comes.
@@ -53,13 +56,23 @@ class Pipeline(Job):
         for number, (name, job) in enumerate(self._jobs.items(), 1):
             say(f"[{number}/{len(self._jobs)}] {name} ({job.kind}) -> {job.out}")
             started = time.monotonic()
-            job.check()
+            check(job)
             results[name] = {**job.run(), "seconds": round(time.monotonic() - started, 2)}
         return results
 
     def resolved(self) -> dict[str, Any]:
         """The pipeline with every step resolved."""
         return {"kind": self.kind, "out": self.out, "steps": {name: job.resolved() for name, job in self._jobs.items()}}
+
+
+def check(job: Job) -> None:
+    """Check `job`, unless its output is published: a finished job is only looked at, and its inputs may be gone."""
+    if not _published(job):
+        job.check()
+
+
+def _published(job: Job) -> bool:
+    return storage.exists(storage.join(job.out, MANIFEST))
 
 
 def _placed(value: Any, out: str) -> Any:

@@ -52,7 +52,7 @@ def render(job: Job, name: str, pods: Pods) -> str:
         "kind": "RayJob",
         "metadata": {"name": name},
         "spec": {
-            "entrypoint": f"sh -c 'cd {_MOUNT} && {entrypoint()}'",
+            "entrypoint": entrypoint(f"{_MOUNT}/{JOB_FILE}"),
             "shutdownAfterJobFinishes": True,
             "ttlSecondsAfterFinished": 600,
             "backoffLimit": 3,

@@ -6,6 +6,7 @@ import asyncio
 import shlex
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,14 @@ from cosmic_ray.errors import CosmicError, JobError
 from cosmic_ray.progress import say
 
 JOB_FILE = "job.yaml"
+_STOP_WAIT_S = 600
+"""Ray kills what is still there so long after a stop; by default after 3 s, in which no checkpoint is saved."""
+_POLL_S = 1.0
 
 
-def entrypoint() -> str:
+def entrypoint(path: str = JOB_FILE) -> str:
     """The command that runs a job file on the head node, where `cosmic_ray` is installed."""
-    return f"cosmic-ray run {shlex.quote(JOB_FILE)}"
+    return f"cosmic-ray run {shlex.quote(path)}"
 
 
 def submit(job: Job, address: str) -> str:
@@ -36,7 +40,7 @@ def submit(job: Job, address: str) -> str:
         client = _client(address)
         return client.submit_job(
             entrypoint=entrypoint(),
-            runtime_env={"working_dir": folder},
+            runtime_env={"working_dir": folder, "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_WAIT_S)}},
             metadata={"kind": job.kind, "out": job.out},
         )
 
@@ -49,7 +53,8 @@ def follow(address: str, submission: str) -> int:
     """
     client = _client(address)
     asyncio.run(_tail(client, submission))
-    about = client.get_job_info(submission)
+    while not (about := client.get_job_info(submission)).status.is_terminal():
+        time.sleep(_POLL_S)  # the log has ended, or its connection has
     status = str(about.status.value)
     if status == "SUCCEEDED":
         return 0
@@ -65,7 +70,8 @@ def status(address: str, submission: str | None = None) -> list[dict[str, Any]]:
         CosmicError: for an unknown submission.
     """
     client = _client(address)
-    known = sorted(client.list_jobs(), key=lambda about: about.start_time or 0, reverse=True)
+    known = [about for about in client.list_jobs() if about.submission_id]  # others are drivers that just connected
+    known.sort(key=lambda about: about.start_time or 0, reverse=True)
     found = [about for about in known if submission in (None, about.submission_id)]
     if submission and not found:
         raise CosmicError(f"{submission}: the cluster at {address} does not know this submission")
@@ -74,7 +80,7 @@ def status(address: str, submission: str | None = None) -> list[dict[str, Any]]:
             "submission": about.submission_id,
             "status": str(about.status.value),
             "entrypoint": about.entrypoint,
-            "metadata": about.metadata,
+            "metadata": about.metadata or {},
             "message": about.message,
         }
         for about in found

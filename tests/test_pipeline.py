@@ -38,3 +38,11 @@ def test_what_is_no_pipeline_is_refused(steps, message):
 def test_a_resolved_pipeline_is_a_job_file():
     job = make({"kind": "pipeline", "out": storage.absolute("o"), "steps": {"split": SPLIT}})
     assert jobs.make(job.resolved()).resolved() == job.resolved()
+
+
+def test_a_finished_step_is_not_checked_again_since_its_inputs_may_be_gone(tmp_path):
+    job = make({"kind": "pipeline", "out": str(tmp_path), "steps": {"split": SPLIT}})
+    with pytest.raises(JobError, match="store"):
+        job.check()
+    storage.write_bytes(f"{tmp_path}/split/manifest.json", b"{}")
+    job.check()

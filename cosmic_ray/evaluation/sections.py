@@ -18,9 +18,8 @@ from cosmic_ray.inference.read import Embeddings
 from cosmic_ray.output import read_manifest
 from cosmic_ray.stores.crops import CropStore
 from cosmic_ray.stores.show import montage
-from cosmic_ray.stores.split import Split
+from cosmic_ray.stores.split import PARTS, Split
 
-PARTS = ("train", "val", "test")
 _MAPPED = 4000
 _CLASSES = 12
 
@@ -110,7 +109,7 @@ def training(uri: str) -> Part:
         "val_loss": _last(curve, "val/loss"),
         "images_per_s": _median(curve, "train/images_per_s"),
         "data_wait_share": _median(curve, "train/data_wait_share"),
-        "model": manifest.get("model"),
+        "model": manifest["results"].get("model"),
     }
     tiles = [
         (facts["steps"], "training steps"),
@@ -137,8 +136,10 @@ def embedding(uri: str, store: CropStore, split: Split, seed: int) -> Part:
     section = Section("What the embedding shows", figures=drawn)
     facts: dict[str, Any] = {"width": int(vectors.shape[1]), "rows": len(vectors)}
     lines = np.array(about["cell_line"].to_pylist())
-    if 2 <= len(set(lines)) <= _CLASSES:
-        read = _read_cell_line(vectors, about, lines, split, seed)
+    parts = _probed(split, seed)
+    # A split by plate may leave a single cell line in train: then there is nothing to tell apart.
+    if len(set(lines)) <= _CLASSES and len(set(lines[parts.train])) >= 2 and len(parts.val) and len(parts.test):
+        read = _read_cell_line(vectors, about, lines, parts)
         facts["cell_line_balanced_accuracy_on_val"] = read
         section.notes.append(
             "A linear model fitted on train tells the cell line of val crops with balanced accuracy "
@@ -220,12 +221,14 @@ def _umap(vectors: np.ndarray, seed: int) -> np.ndarray:
         return UMAP(random_state=seed, n_neighbors=15, min_dist=0.2).fit_transform(vectors)
 
 
-def _read_cell_line(
-    vectors: np.ndarray, about: pa.Table, lines: np.ndarray, split: Split, seed: int
-) -> dict[str, float]:
-    """Balanced accuracy on val; the penalty is chosen on a fifth of train, so val is not fitted on in any way."""
+def _probed(split: Split, seed: int) -> probe.Split3:
+    """Judged on val; the penalty is chosen on a fifth of train, so val is not fitted on in any way."""
     train = np.random.default_rng(seed).permutation(split.rows("train"))[:20_000]
-    parts = probe.Split3(train[len(train) // 5 :], train[: len(train) // 5], split.rows("val"))
+    return probe.Split3(train[len(train) // 5 :], train[: len(train) // 5], split.rows("val"))
+
+
+def _read_cell_line(vectors: np.ndarray, about: pa.Table, lines: np.ndarray, parts: probe.Split3) -> dict[str, float]:
+    """Balanced accuracy on val."""
     simple = np.stack([about[name].to_numpy() for name in ("area_px", "eccentricity", "mean_intensity")], 1)
     return {
         "embedding": probe.logistic_accuracy(vectors, lines, parts),
