@@ -25,7 +25,7 @@ class Key:
 
 
 def keys(model: type[Config], prefix: str = "") -> list[Key]:
-    """The keys of `model` in order, nested ones with dotted paths; `NAME` stands for a mapping's key, `[]` for an item."""
+    """The keys of `model` in order, nested ones with dotted paths: `NAME` is a mapping's key, `[]` a list's item."""
     found = []
     for name, field in model.model_fields.items():
         path = f"{prefix}{name}"
