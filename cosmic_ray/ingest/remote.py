@@ -26,7 +26,7 @@ from cosmic_ray.ingest import chunks
 from cosmic_ray.ingest.plan import Plan
 from cosmic_ray.progress import say
 
-QUEUED_CHUNKS, QUEUE_PAUSE_S = 1, 0.01
+QUEUED_CHUNKS, QUEUE_PAUSES_S = 1, (0.005, 0.1)
 RESTARTS, RESTART_PAUSE_S = 3, 1.0
 
 
@@ -138,13 +138,20 @@ class RemoteWindows:
 class _QueueIsFull(BackpressurePolicy):
     """Leaves further chunks with the task while the rank has enough to go on with.
 
-    Ray Data's own limit, by bytes, does the same at the cost of a whole core: its loop asks again at once.
+    Ray Data's own limit, by bytes, does the same at the cost of a whole core: its loop asks again at once. Here it
+    pauses, the longer the slower the rank is.
     """
 
+    _pause_s = QUEUE_PAUSES_S[0]
+
     def max_task_output_bytes_to_read(self, op: PhysicalOperator) -> int | None:
-        if op.output_dependencies or self._topology[op].total_enqueued_output_blocks() < QUEUED_CHUNKS:
+        if op.output_dependencies:
             return None
-        time.sleep(QUEUE_PAUSE_S)
+        if self._topology[op].total_enqueued_output_blocks() < QUEUED_CHUNKS:
+            self._pause_s = QUEUE_PAUSES_S[0]
+            return None
+        time.sleep(self._pause_s)
+        self._pause_s = min(2 * self._pause_s, QUEUE_PAUSES_S[1])
         return 0
 
 

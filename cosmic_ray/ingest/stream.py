@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from cosmic_ray.ingest.chunks import CHUNK_BYTES
 from cosmic_ray.ingest.plan import Plan, Samples
 from cosmic_ray.ingest.staging import Staging
 from cosmic_ray.ingest.windows import AHEAD_BYTES, Windows
@@ -118,6 +119,14 @@ def plain_batches(
     source = Windows(CropStore.open(store_uri), plan, lanes, first_step, last_step, ahead_bytes)
     with closing(source):
         yield from _staged(source, plan, lanes, range(first_step, last_step), micro)
+
+
+def reading_bytes(plan: Plan, lanes: range, crop_bytes: int, ahead_bytes: int = AHEAD_BYTES) -> int:
+    """What reading for a rank with these lanes holds in memory, in its task: the open windows, the windows read ahead
+    and the chunk being made. The task's own code and Arrow's buffers come on top: about 300 MB.
+    """
+    windows = plan.open_rows(lanes) + plan.largest_window(lanes)
+    return windows * crop_bytes + ahead_bytes + 2 * CHUNK_BYTES
 
 
 def _staged(source: _Source, plan: Plan, lanes: range, steps: range, micro: int | None) -> Iterator[Batch]:

@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import psutil
@@ -28,11 +29,9 @@ import pyarrow.parquet as pq
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from making import make_rows, publish_entries
 
-from cosmic_ray.ingest.chunks import CHUNK_BYTES
 from cosmic_ray.ingest.plan import Plan
 from cosmic_ray.ingest.selection import Selection
-from cosmic_ray.ingest.stream import batches, plain_batches
-from cosmic_ray.ingest.windows import AHEAD_BYTES
+from cosmic_ray.ingest.stream import batches, plain_batches, reading_bytes
 from cosmic_ray.stores.columns import images
 from cosmic_ray.stores.crops import CropStore
 from cosmic_ray.stores.manifest import CropSpec, ShardEntry
@@ -180,18 +179,35 @@ def cpu_seconds() -> float:
     return total
 
 
-def measure(way: Way, steps: int) -> tuple[float, float, float]:
-    """Images/s after the first quarter, seconds to the first batch, images per CPU-second."""
-    began, spent, count, marks = time.perf_counter(), cpu_seconds(), 0, []
+class Result(NamedTuple):
+    rate: float
+    """Images/s after the first quarter."""
+    first: float
+    """Seconds to the first batch."""
+    per_cpu: float
+    """Images per CPU-second."""
+    others: float
+    """Share of this machine's CPUs that other processes used meanwhile."""
+
+
+def measure(way: Way, steps: int) -> Result:
+    began, spent, busy, count, marks = time.perf_counter(), cpu_seconds(), busy_seconds(), 0, []
     for size in way(steps):
         count += size
         marks.append((time.perf_counter(), count))
-    spent = cpu_seconds() - spent
+    spent, busy, wall = cpu_seconds() - spent, busy_seconds() - busy, time.perf_counter() - began
     start = next(mark for mark in marks if mark[1] >= count / 4)
-    return (count - start[1]) / (marks[-1][0] - start[0]), marks[0][0] - began, count / spent
+    rate = (count - start[1]) / (marks[-1][0] - start[0])
+    others = max(0.0, busy - spent) / (wall * (os.cpu_count() or 1))
+    return Result(rate, marks[0][0] - began, count / spent, others)
 
 
-def rates(folder: Path, rounds: int, steps: int, compression: str) -> None:
+def busy_seconds() -> float:
+    times = psutil.cpu_times()
+    return sum(times) - times.idle - times.iowait
+
+
+def rates(folder: Path, rounds: int, steps: int, compression: str, calm: float) -> None:
     store = build(str(folder / f"store-{compression}"), 10, compression)
     plan = plan_of(store)
     ways: dict[str, Way] = {
@@ -202,30 +218,35 @@ def rates(folder: Path, rounds: int, steps: int, compression: str) -> None:
         "batches through Ray Data, same plan, verified": ours(batches, store, plan),
         "two ranks through Ray Data, same plan, verified": two_ranks(store, plan),
     }
-    found: dict[str, list] = {name: [] for name in ways}
+    found: dict[str, list[Result]] = {name: [] for name in ways}
     for turn in range(rounds + 1):  # the first one warms the page cache, Ray's workers and its object store
         for name, way in ways.items():
-            result = measure(way, steps)
+            tries = [measure(way, steps)]
+            while turn and tries[-1].others > calm and len(tries) < 10:
+                tries.append(measure(way, steps))
+            result = min(tries, key=lambda one: one.others)
             if turn:
                 found[name].append(result)
-            print(f"  {name}: {result[0]:,.0f}", file=sys.stderr, flush=True)
+            print(f"  {name}: {result.rate:,.0f} (others {result.others:.0%})", file=sys.stderr, flush=True)
     size = sum(group.nbytes for group in store.row_groups) / len(store)
     print(
         f"\n{compression}, {size:,.0f} bytes a crop, batch {BATCH}, {plan.spec.lanes} lanes, window {plan.spec.window}"
     )
-    print(f"{rounds} rounds of {steps} batches; load before this {os.getloadavg()[0]:.1f}\n")
-    print("| way | images/s | range | first batch, s | images per CPU-s |\n|---|---|---|---|---|")
+    print(f"{rounds} rounds of {steps} batches\n")
+    print("| way | images/s | range | first batch, s | images per CPU-s | others' share of the CPUs |")
+    print("|---|---|---|---|---|---|")
     for name, results in found.items():
-        rate, first, per_cpu = np.median(np.array(results), axis=0)
-        low, high = min(r[0] for r in results), max(r[0] for r in results)
-        print(f"| {name} | {rate:,.0f} | {low:,.0f}..{high:,.0f} | {first:.2f} | {per_cpu:,.0f} |")
+        middle = Result(*np.median(np.array(results), axis=0))
+        low, high = min(r.rate for r in results), max(r.rate for r in results)
+        figures = f"{middle.rate:,.0f} | {low:,.0f}..{high:,.0f} | {middle.first:.2f} | {middle.per_cpu:,.0f}"
+        print(f"| {name} | {figures} | {middle.others:.0%} |")
 
 
 class _Watch:
     """The most memory of this process tree, without what it shares, and of Ray's object store, while a block runs."""
 
     def __enter__(self) -> _Watch:
-        self.own = self.stored = self.spilled = 0
+        self.own = self.reader = self.stored = self.spilled = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True)
         self._thread.start()
@@ -249,24 +270,27 @@ class _Watch:
                 try:
                     about = process.memory_info()
                     own += about.rss - about.shared
+                    if any("read_chunks" in part for part in process.cmdline()):
+                        self.reader = max(self.reader, about.rss - about.shared)
                 except psutil.NoSuchProcess:
                     continue
             self.own = max(self.own, own)
 
 
 def memory(folder: Path) -> None:
-    print("| rows | their bytes | all processes | of it beyond idle Ray | object store | spilled | stated |")
-    print("|---|---|---|---|---|---|---|")
-    with _Watch() as idle:
-        time.sleep(3)
+    print(
+        "| rows | their bytes | all processes, without shared | the reading task | its stated windows and chunks |",
+        end="",
+    )
+    print(" object store | spilled |\n|---|---|---|---|---|---|---|")
     for shards in (10, 100):
         store = build(str(folder / f"store-{shards}"), shards, "lz4")
         plan = plan_of(store)
         with _Watch() as watch:
             for batch in batches(store.uri, plan, 0, 1, 0, plan.steps(10 if shards == 10 else 1)):
                 assert len(batch) == BATCH
-        stated = plan.open_rows(range(plan.spec.lanes)) * SPEC.nbytes + AHEAD_BYTES + 2 * CHUNK_BYTES
-        figures = [len(store) * SPEC.nbytes, watch.own, watch.own - idle.own, watch.stored, watch.spilled, stated]
+        stated = reading_bytes(plan, range(plan.spec.lanes), SPEC.nbytes)
+        figures = [len(store) * SPEC.nbytes, watch.own, watch.reader, stated, watch.stored, watch.spilled]
         print(f"| {len(store):,} | {' | '.join(f'{figure / 1e6:,.0f} MB' for figure in figures)} |", flush=True)
 
 
@@ -308,6 +332,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=960)
     parser.add_argument("--compression", default="lz4", choices=["none", "lz4", "zstd"])
+    parser.add_argument("--calm", type=float, default=1.0, help="repeat a turn while others use more of the CPUs")
     parser.add_argument("--folder", type=Path)
     options = parser.parse_args()
     import ray
@@ -325,7 +350,7 @@ def main() -> None:
         elif options.full_scale:
             full_scale(Path(folder), options.rounds)
         else:
-            rates(Path(folder), options.rounds, options.steps, options.compression)
+            rates(Path(folder), options.rounds, options.steps, options.compression, options.calm)
     ray.shutdown()
 
 
