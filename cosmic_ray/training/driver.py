@@ -63,7 +63,7 @@ def train(job: TrainingJob, steps: int, gpus_per_worker: float, callbacks: Seque
         KeyboardInterrupt: after SIGINT, when the workers have saved and stopped.
         TrainingFailed: where the workers met an error that is the user's to mend, or died too often.
     """
-    from cosmic_ray.training.wire import make_wire
+    from cosmic_ray.training.wire import free_places, make_wire
 
     wire, failures = make_wire(), 0
     with _stop_on_signal() as stop, progress("train", steps, "steps") as shown:
@@ -72,6 +72,7 @@ def train(job: TrainingJob, steps: int, gpus_per_worker: float, callbacks: Seque
             before = checkpoint.newest(storage.join(job.out, CHECKPOINTS))
             ending = follow.until_done(_Attempt(job, wire, gpus_per_worker))
             if ending is None:
+                free_places(wire)
                 after = checkpoint.newest(storage.join(job.out, CHECKPOINTS))
                 failures = 1 if after != before else failures + 1
                 if failures > job.scaling.max_failures:

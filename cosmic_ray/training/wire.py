@@ -22,12 +22,14 @@ _PATIENCE_S = 30.0
 
 @ray.remote(num_cpus=0, max_restarts=0)
 class _Wire:
-    """Events that the driver has not taken, the wish to stop, and the error that no restart would mend."""
+    """Events that the driver has not taken, the wish to stop, the error that no restart would mend, and the placement
+    groups that workers had."""
 
     def __init__(self) -> None:
         self._events: list[tuple] = []
         self._stopping = False
         self._failure: dict[str, Any] | None = None
+        self._places: set[Any] = set()
 
     def exchange(self, events: list[tuple]) -> bool:
         self._events += events
@@ -46,11 +48,24 @@ class _Wire:
     def failure(self) -> dict[str, Any] | None:
         return self._failure
 
+    def placed(self, group: Any) -> None:
+        self._places.add(group)
+
+    def places(self) -> list[Any]:
+        places, self._places = list(self._places), set()
+        return places
+
 
 def make_wire() -> Any:
     """A wire on this node; it ends with this process."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return _Wire.options(scheduling_strategy=here).remote()
+
+
+def free_places(wire: Any) -> None:
+    """Give back the CPUs and GPUs of workers that died: a controller that was killed leaves them reserved."""
+    for group in ray.get(wire.places.remote()):
+        ray.util.remove_placement_group(group)
 
 
 class Link:
@@ -62,6 +77,8 @@ class Link:
         self._lock = threading.Lock()
         self._stopping = False
         self._done = threading.Event()
+        if (group := ray.util.get_current_placement_group()) is not None:
+            wire.placed.remote(group)
         self._thread = threading.Thread(target=self._run, name="wire", daemon=True)
         self._thread.start()
 
