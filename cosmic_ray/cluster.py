@@ -18,6 +18,8 @@ class Resources:
     """What the connected cluster has, in logical units, summed over its live nodes."""
 
     nodes: int
+    node_cpus: tuple[float, ...]
+    """CPUs of each node."""
     cpus: float
     gpus: float
     memory_bytes: float
@@ -51,8 +53,10 @@ def resources() -> Resources:
     import ray
 
     total = ray.cluster_resources()
+    alive = [node for node in ray.nodes() if node["Alive"]]
     return Resources(
-        nodes=sum(1 for node in ray.nodes() if node["Alive"]),
+        nodes=len(alive),
+        node_cpus=tuple(node["Resources"].get("CPU", 0.0) for node in alive),
         cpus=total.get("CPU", 0.0),
         gpus=total.get("GPU", 0.0),
         memory_bytes=total.get("memory", 0.0),

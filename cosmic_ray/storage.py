@@ -141,7 +141,8 @@ def exists(uri: str) -> bool:
     if is_local(uri):
         with _local_errors(uri):
             return local_path(uri).exists()
-    return s3.exists(uri) or any(s3.keys(uri, s3.locate(uri).key + "/", limit=1))
+    key = s3.locate(uri).key
+    return bool(key and s3.exists(uri)) or any(s3.keys(uri, f"{key}/" if key else "", limit=1))
 
 
 def size(uri: str) -> int:

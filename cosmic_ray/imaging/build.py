@@ -10,6 +10,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cosmic_ray import storage
@@ -130,7 +131,7 @@ def _outcomes(output: Output, chunks: Sequence[Sequence[Entry]], sidecars: Seque
             outcome = {name: about[name] for name in ("reason", "detail", "objects", "candidates", "digest")}
             rows.append({"field_uri": entry.field_uri, **known, **outcome})
     table = pa.Table.from_pylist(rows)
-    left_out = table.filter(pa.compute.not_equal(table["reason"], ""))
+    left_out = table.filter(pc.not_equal(table["reason"], ""))
     for name, part in (("fields", table), ("rejected", left_out.drop_columns(["objects", "candidates", "digest"]))):
         data = io.BytesIO()
         pq.write_table(part, data, compression="zstd")

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cosmic_ray import storage
@@ -144,7 +145,7 @@ def read_keys(out: str, name: str) -> pa.Table:
     """`order`, `source` and `area_px` of the candidates of a chunk, in order."""
     data = storage.read_bytes(storage.join(out, OBJECTS, f"{name}.parquet"))
     table = pq.read_table(pa.BufferReader(data), columns=["order", "source", "area_px", "reject"], use_threads=False)
-    return table.filter(pa.compute.equal(table["reject"], KEEP)).drop_columns(["reject"])
+    return table.filter(pc.equal(table["reject"], KEEP)).drop_columns(["reject"])
 
 
 def read_schema(out: str, chunk: Chunk) -> bytes:

@@ -44,7 +44,7 @@ def each(
 
     from cosmic_ray.cluster import connect, require_seen_everywhere
 
-    connect(workers)
+    connect()
     require_seen_everywhere(seen)
     # A task that no node has the memory for would wait for one for ever.
     largest = max(node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"])

@@ -22,8 +22,8 @@ Micrometres = Annotated[float, Field(gt=0)]
 class Channel(Config):
     """One channel of a crop, and where it lies."""
 
-    name: str = "DNA"
-    """Its name in the crop store."""
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")] = "DNA"
+    """Its name in the crop store: letters, digits and underscores, since columns are named after it."""
 
     file: str | None = None
     """Which file holds it. `table`: a column of file names, or a template over columns such as `images/{id}.png`

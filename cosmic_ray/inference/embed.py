@@ -135,6 +135,7 @@ class Embed(Job):
         self, output: Output, store: CropStore, stored: StoredModel
     ) -> tuple[list[dict[str, Any]], dict[str, float]]:
         """Make the missing parts; return all, in order, and how fast this run was."""
+        from cosmic_ray.cluster import require_seen_everywhere
         from cosmic_ray.inference.parts import Work, sidecar_uri
         from cosmic_ray.inference.workers import embed_parts, plan_pool
 
@@ -155,6 +156,8 @@ class Embed(Job):
                 precision=self.precision,
                 device=None if pool.gpus else "cpu",
             )
+            inputs = {"store": store.uri, "model": work.model, **({"split": work.split} if work.split else {})}
+            require_seen_everywhere({**inputs, "out": output.uri})
             speed = embed_parts(work, missing, len(store), pool)
         facts = [storage.read_json(sidecar_uri(output.uri, part)) for part in range(count)]
         return [{key: fact[key] for key in ("part", "rows", "sha256", "content")} for fact in facts], speed

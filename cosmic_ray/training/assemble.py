@@ -92,10 +92,13 @@ def require_disk(job: PretrainMAE, count: int) -> None:
     while not path.exists():
         path = path.parent
     one = 4 * count * (4 if job.ema else 3)
-    needed, free = one * (job.checkpoint.keep + 1), checkpoint.room(path)
+    there = len(storage.listing(storage.join(job.out, CHECKPOINTS), f"*/{checkpoint.STATE}"))
+    needed, free = one * max(1, job.checkpoint.keep + 1 - there), checkpoint.room(path)
     if free < needed:
-        problem = f"{free / 1e9:.1f} GB are free there; {job.checkpoint.keep} checkpoints of {one / 1e9:.1f} GB and"
-        problem += f" the next one take {needed / 1e9:.1f} GB"
+        problem = (
+            f"{free / 1e9:.1f} GB are free there; the checkpoints of {one / 1e9:.1f} GB each that are still to come,"
+        )
+        problem += f" at most {job.checkpoint.keep + 1} at a time, take {needed / 1e9:.1f} GB more"
         raise JobError("out", job.out, problem, "free disk space, lower checkpoint.keep, or choose another out")
 
 
@@ -168,7 +171,9 @@ def make_loop(
         start_from(objective, job.init_from, job.tracking.uri if job.tracking else None)
     beat()
     held_out = found.split.rows("val")[: job.eval.crops]
-    data = CropData(found.store, found.plan, held_out, stream or _with(batches, job.scaling), rank, world)
+    data = CropData(
+        found.store, found.plan, held_out, stream or _with(batches, job.scaling), rank, world, job.micro_batch
+    )
     settings = LoopSettings(
         steps=found.steps,
         global_batch=job.global_batch,

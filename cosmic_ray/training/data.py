@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -24,9 +25,17 @@ class CropData:
     """What the loop's `Data` asks for, from a crop store."""
 
     def __init__(
-        self, store: CropStore, plan: Plan, held_out: np.ndarray, stream: Stream, rank: int = 0, world: int = 1
+        self,
+        store: CropStore,
+        plan: Plan,
+        held_out: np.ndarray,
+        stream: Stream,
+        rank: int = 0,
+        world: int = 1,
+        at_once: int | None = None,
     ):
-        """`held_out`: int64 (M,), rows of the store, evaluated in this order at positions 0..M-1.
+        """`held_out`: int64 (M,), rows of the store, evaluated in this order at positions 0..M-1, `at_once` at a time;
+        by default as many as a rank has of a global batch.
 
         Raises:
             JobError: where there are too few samples for so many ranks.
@@ -35,6 +44,8 @@ class CropData:
         self._rank, self._world = rank, world
         self._first, self._last = (len(held_out) * r // world for r in (rank, rank + 1))
         self._held_out_rows = held_out[self._first : self._last]
+        at_once = at_once or -(-plan.spec.global_batch // world)
+        self._held_out_parts = -(-len(held_out) // (world * at_once))
         require_shares(plan, world)
         if 0 < len(held_out) < world:
             raise JobError("eval.crops", len(held_out), f"fewer held-out crops than the {world} workers")
@@ -54,8 +65,12 @@ class CropData:
             )
 
     def held_out(self) -> list[Share]:
-        """This rank's part of the held-out crops, read once and kept."""
-        return [self._held_out] if len(self._held_out_rows) else []
+        """This rank's part of the held-out crops, read once and kept; in equally many shares on every rank."""
+        if not len(self._held_out_rows):
+            return []
+        count, total = self._held_out_parts, len(self._held_out)
+        cuts = [index * total // count for index in range(count + 1)]
+        return [self._held_out.part(start, stop) for start, stop in pairwise(cuts)]
 
     def cursor(self, step: int) -> dict[str, Any]:
         """The next global sample position of the plan."""

@@ -38,18 +38,19 @@ def _gpus(job: PretrainMAE, found: Resources) -> float:
 
 
 def _require_cpus(job: PretrainMAE, found: Resources) -> None:
+    """A worker and its reader share a node, so they are counted node by node."""
     scaling = job.scaling
-    needed = scaling.workers * (scaling.cpus_per_worker + scaling.cpus_per_reader)
-    if needed <= found.cpus + 1e-6:
+    each = scaling.cpus_per_worker + scaling.cpus_per_reader
+    fits = sum(int(cpus / each + 1e-6) for cpus in found.node_cpus)
+    if scaling.workers <= fits:
         return
+    nodes = ", ".join(f"{cpus:g}" for cpus in found.node_cpus)
     problem = (
-        f"{scaling.workers} workers of {scaling.cpus_per_worker:g} CPUs, and {scaling.cpus_per_reader:g} for Ray Data "
-        f"to read for each, take {needed:g}; the cluster has {found.cpus:g}"
+        f"{scaling.workers} workers of {scaling.cpus_per_worker:g} CPUs, and {scaling.cpus_per_reader:g} on the same "
+        f"node for Ray Data to read for each; the nodes have {nodes}, which is room for {fits}"
     )
-    fits = int(found.cpus / (scaling.cpus_per_worker + scaling.cpus_per_reader))
     remedy = f"scaling.workers={fits}, or " if fits else ""
-    share = max(0.1, found.cpus / scaling.workers - scaling.cpus_per_reader)
-    raise JobError("scaling.workers", scaling.workers, problem, f"{remedy}scaling.cpus_per_worker={share:.2g}")
+    raise JobError("scaling.workers", scaling.workers, problem, f"{remedy}a smaller scaling.cpus_per_worker")
 
 
 def _require_memory(job: PretrainMAE, parameters: int, found: Resources, gpus: float) -> None:

@@ -32,7 +32,7 @@ def distance(drawn: np.ndarray) -> float:
 
 
 def correlation(drawn: np.ndarray) -> float:
-    """Correlation of the stored positions of two samples of a batch, whose own order is mixed here: it means nothing."""
+    """Correlation of the stored positions of two samples of a batch, whose own order (it means nothing) is mixed."""
     batches = np.random.default_rng(0).permuted(drawn.reshape(-1, BATCH), axis=1)
     return float(np.corrcoef(batches[:, :-1].ravel(), batches[:, 1:].ravel())[0, 1])
 

@@ -26,7 +26,8 @@ from cosmic_ray.training.preflight import require_resources
 from cosmic_ray.training.record import METRICS, MetricsFile, read_metrics
 
 FILES = {"out": "o", "crops": "c", "split": "s"}
-ONE_NODE = Resources(nodes=1, cpus=2.0, gpus=0.0, memory_bytes=8e9, object_store_bytes=1e9)
+ONE_NODE = Resources(nodes=1, node_cpus=(2.0,), cpus=2.0, gpus=0.0, memory_bytes=8e9, object_store_bytes=1e9)
+THREE_SMALL_NODES = Resources(3, (2.0, 2.0, 2.0), 6.0, 0.0, 24e9, 3e9)
 
 
 def test_paper_is_appendix_a(crops):
@@ -82,16 +83,17 @@ def test_refused_before_work_starts(crops, changes, key):
 
 def test_a_full_disk_is_refused_before_work_starts(crops, monkeypatch):
     monkeypatch.setattr(checkpoint, "room", lambda path: 1000)
-    with pytest.raises(JobError, match=r"out = .*2 checkpoints of .* take"):
+    with pytest.raises(JobError, match=r"out = .*still to come, at most 3 at a time, take"):
         crops.job("refused").check()
 
 
 @pytest.mark.parametrize(
     ("scaling", "found", "text"),
     [
-        ({"workers": 4}, ONE_NODE, r"take 5; the cluster has 2 \(scaling.workers=1, or scaling.cpus_per_worker=0.25"),
+        ({"workers": 4}, ONE_NODE, r"nodes have 2, which is room for 1 \(scaling.workers=1, or a smaller"),
+        ({"workers": 4}, THREE_SMALL_NODES, r"nodes have 2, 2, 2, which is room for 3 \(scaling.workers=3"),
         ({"workers": 2, "gpus_per_worker": 1}, ONE_NODE, "2 workers of 1 GPUs, and the cluster has 0"),
-        ({}, Resources(1, 8.0, 0.0, 1e6, 1e9), r"model.preset = 'tiny': .* MB?.*choose a smaller preset"),
+        ({}, Resources(1, (8.0,), 8.0, 0.0, 1e6, 1e9), r"model.preset = 'tiny': .* MB?.*choose a smaller preset"),
     ],
 )
 def test_too_little_of_the_cluster_is_refused(crops, scaling, found, text):
@@ -101,7 +103,7 @@ def test_too_little_of_the_cluster_is_refused(crops, scaling, found, text):
 
 def test_a_gpu_is_taken_where_there_is_one(crops):
     job = crops.job("refused", scaling={"workers": 2})
-    assert require_resources(job, 1000, Resources(1, 8.0, 2.0, 8e9, 1e9)) == 1
+    assert require_resources(job, 1000, Resources(1, (8.0,), 8.0, 2.0, 8e9, 1e9)) == 1
     assert require_resources(crops.job("refused"), 1000, ONE_NODE) == 0
 
 
