@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from cosmic_ray.training.parallel import local
+from cosmic_ray.training.parallel import forget_gathered, local
 
 
 def decay_at(decay: float, step: int) -> float:
@@ -24,6 +24,7 @@ class Ema:
 
     def __init__(self, networks: Mapping[str, nn.Module], decay: float):
         self.decay = decay
+        self._networks = list(networks.values())
         self.averages: dict[str, torch.Tensor] = {}
         self._parameters: dict[str, nn.Parameter] = {}
         for name, network in networks.items():
@@ -61,3 +62,5 @@ class Ema:
             kept = weight.clone()
             weight.copy_(average)
             average.copy_(kept)
+        for network in self._networks:
+            forget_gathered(network)

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -51,6 +52,13 @@ def syncing(wrapped: nn.Module, sync: bool) -> Iterator[None]:
     yield
 
 
+def forget_gathered(network: nn.Module) -> None:
+    """Have FSDP2 gather the weights anew: after a forward pass without a backward one it would keep those it has."""
+    for module in network.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """The part of `tensor` that this rank holds: its memory, not a copy."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -83,8 +91,6 @@ def norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _sharded(network: nn.Module, blocks: Sequence[nn.Module]) -> nn.Module:
-    from torch.distributed.fsdp import FSDPModule, fully_shard
-
     for block in blocks:
         fully_shard(block)
     fully_shard(network)

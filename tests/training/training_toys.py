@@ -128,7 +128,7 @@ def settings(folder: str, **changes: Any) -> LoopSettings:
         "ema": 0.9,
         "precision": "fp64",
         "log_every": 5,
-        "eval_every": 10,
+        "eval_every": 5,
         "checkpoint_every": 10,
     }
     return LoopSettings(**(given | changes))
