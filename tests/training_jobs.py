@@ -61,6 +61,8 @@ def plain(rank: int, world: int, job: PretrainMAE) -> dict[int, str]:
     from cosmic_ray.ingest.stream import plain_batches
 
     job.loop(stream=plain_batches, rank=rank, world=world).run()
+    if rank:
+        return {}  # rank 0 may still be deleting old checkpoints
     folders = Path(job.out, "checkpoints").iterdir()
     return {int(path.name.removeprefix("step-")): checkpoint.digest(str(path)) for path in folders}
 
