@@ -73,7 +73,6 @@ def logistic_accuracy(features: np.ndarray, labels: np.ndarray, parts: Split3) -
         parts: row numbers.
     """
     from sklearn.linear_model import LogisticRegression
-    from sklearn.metrics import balanced_accuracy_score
 
     x = (features - features[parts.train].mean(0)) / np.maximum(features[parts.train].std(0), 1e-12)
     best, result = -1.0, float("nan")
@@ -81,9 +80,9 @@ def logistic_accuracy(features: np.ndarray, labels: np.ndarray, parts: Split3) -
         model = LogisticRegression(C=strength, max_iter=500, class_weight="balanced").fit(
             x[parts.train], labels[parts.train]
         )
-        chosen = balanced_accuracy_score(labels[parts.val], model.predict(x[parts.val]))
+        chosen = _balanced_accuracy(labels[parts.val], model.predict(x[parts.val]))
         if chosen > best:
-            best, result = chosen, balanced_accuracy_score(labels[parts.test], model.predict(x[parts.test]))
+            best, result = chosen, _balanced_accuracy(labels[parts.test], model.predict(x[parts.test]))
     return float(result)
 
 
@@ -121,6 +120,11 @@ def interval(values: np.ndarray, confidence: float = 0.95) -> tuple[float, float
         return mean, float("nan"), float("nan")
     half = t.ppf(0.5 + confidence / 2, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
     return mean, mean - float(half), mean + float(half)
+
+
+def _balanced_accuracy(truth: np.ndarray, predicted: np.ndarray) -> float:
+    """Mean recall of the classes that occur in `truth`."""
+    return float(np.mean([(predicted[truth == name] == name).mean() for name in np.unique(truth)]))
 
 
 def _r2(truth: np.ndarray, predicted: np.ndarray) -> np.ndarray:
