@@ -173,7 +173,12 @@ class _Follower:
         return None
 
     def _hand_on(self, events: list[tuple]) -> None:
+        from cosmic_ray.training.wire import SAY
+
         for event, *facts in events:
+            if event == SAY:
+                say(*facts)
+                continue
             for callback in self._callbacks:
                 getattr(callback, event)(*facts)
             if event in ("on_step", "on_eval"):
@@ -218,10 +223,18 @@ def _environment(scaling: Scaling) -> dict[str, str]:
     }
 
 
+_DEATHS = {"WorkerHealthCheckFailedError": "died", "WorkerHealthCheckTimeoutError": "no longer answers"}
+
+
 def _why(error: Exception | None) -> str:
     """What ended an attempt, in a line."""
     failures = getattr(error, "worker_failures", None)
     if not failures:
-        return f"the workers could not be run ({type(error).__name__}: {str(error).strip().splitlines()[0]})"
-    told = [f"worker {rank}: {str(cause).strip().splitlines()[0]}" for rank, cause in sorted(failures.items())]
-    return "; ".join(told)
+        return f"the workers could not be run ({type(error).__name__}: {_first_line(error)})"
+    gone = [f"worker {rank} {_DEATHS[name]}" for rank, cause in failures.items()
+            if (name := type(cause).__name__) in _DEATHS]  # fmt: skip
+    return "; ".join(gone or [_first_line(cause) for cause in failures.values()])
+
+
+def _first_line(error: Exception | None) -> str:
+    return str(error).strip().partition("\n")[0][:200]

@@ -17,6 +17,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from cosmic_ray.errors import CosmicError
 
 EXCHANGE_S = 0.2
+SAY = "say"
+"""An event for the driver's user, beside those for its callbacks."""
 _PATIENCE_S = 30.0
 
 
@@ -71,9 +73,10 @@ def free_places(wire: Any) -> None:
 class Link:
     """A worker's end of the wire; a callback of the loop on rank 0."""
 
-    def __init__(self, wire: Any):
+    def __init__(self, wire: Any, greeting: str):
+        """`greeting` is said by the driver, to its user."""
         self._wire = wire
-        self._events: list[tuple] = []
+        self._events: list[tuple] = [(SAY, greeting)]
         self._lock = threading.Lock()
         self._stopping = False
         self._done = threading.Event()
@@ -102,7 +105,9 @@ class Link:
         self._put("on_eval", step, dict(metrics))
 
     def on_saving(self, step: int) -> None:
+        """Hands over what was told so far: a run that resumes from this checkpoint will not tell it again."""
         self._put("on_saving", step)
+        self._exchange()
 
     def on_checkpoint(self, step: int, uri: str) -> None:
         self._put("on_checkpoint", step, uri)
@@ -124,8 +129,9 @@ class Link:
     def _exchange(self) -> None:
         with self._lock:
             events, self._events = self._events, []
+            answer = self._wire.exchange.remote(events)
         try:
-            self._stopping |= ray.get(self._wire.exchange.remote(events), timeout=_PATIENCE_S)
+            self._stopping |= ray.get(answer, timeout=_PATIENCE_S)
         except ray.exceptions.GetTimeoutError:
             with self._lock:
                 self._events = events + self._events  # told twice at worst; nobody counts them

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import traceback
 from typing import Any
 
@@ -41,10 +42,11 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
     Returns:
         `ending` (`finished` or `stopped`) and `step`, the steps done.
     """
-    job, link = config["job"], Link(config["wire"])
-    context = ray.train.get_context()
+    job, context = config["job"], ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
-    watch = Watch(job.scaling.hang_timeout_s, f"worker {rank} of {world}")
+    me = f"worker {rank} of {world}"
+    link = Link(config["wire"], f"{me}: process {os.getpid()} on {ray.util.get_node_ip_address()}, {get_device()}")
+    watch = Watch(job.scaling.hang_timeout_s, me)
     torch.set_num_threads(max(1, int(job.scaling.cpus_per_worker)))
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
@@ -56,7 +58,7 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
     except Exception as error:
         if told := _final(error, job.out):
             link.fail(told)
-        raise RuntimeError(f"worker {rank}: {type(error).__name__}: {error}") from error
+        raise RuntimeError(f"{me}: {type(error).__name__}: {error}") from error
     finally:
         watch.close()
         link.close()

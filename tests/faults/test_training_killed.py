@@ -73,10 +73,11 @@ class Run:
             assert time.monotonic() < deadline, f"no {what} in {PATIENCE_S} s:\n{self.log.read_text()}"
             time.sleep(0.1)
 
-    def workers(self) -> list[psutil.Process]:
-        """The live training processes, in the order in which they began."""
-        found = [each for each in self.family() if "RayTrainWorker" in _title(each)]
-        return sorted(found, key=lambda each: each.create_time())
+    def rank(self, rank: int, workers: int = 2) -> psutil.Process:
+        """The process that trains as `rank`, as the driver last said."""
+        said = f"worker {rank} of {workers}: process "
+        self.wait(lambda: said in self.log.read_text(), said)
+        return psutil.Process(int(self.log.read_text().rsplit(said, 1)[1].split(maxsplit=1)[0]))
 
     def signal(self, number: int) -> None:
         """To the whole process group, as a terminal does."""
@@ -132,7 +133,7 @@ def test_rank_killed_everything_killed_then_ctrl_c(crops, mlflow_store):
     with Run(keys, mlflow_store) as run:
         run.wait_for(8)
         before = run.step()
-        run.workers()[1].kill()
+        run.rank(0).kill()
         run.wait_for(before + 16)
         assert "starting the workers again from step-" in run.log.read_text()
         run.kill()
@@ -165,7 +166,7 @@ def test_a_stopped_rank_is_noticed_and_replaced(crops, mlflow_store, workers, wh
     changes = LONG | {"scaling": {**LONG["scaling"], "workers": workers}}
     with Run(crops.keys(f"stopped-{workers}-{which}", **changes), mlflow_store) as run:
         run.wait_for(8)
-        stopped = run.workers()[which]
+        stopped = run.rank(which, workers)
         stopped.send_signal(signal.SIGSTOP)
         at = time.monotonic()
         run.wait(lambda: "starting the workers again" in run.log.read_text(), "restart")
@@ -220,7 +221,7 @@ def test_a_rank_that_dies_every_time_ends_the_run(crops, mlflow_store):
     with Run(keys, mlflow_store) as run:
         for attempt in range(2):
             run.wait(lambda attempt=attempt: run.log.read_text().count("train: 1/") > attempt, "first step")
-            run.workers()[0].kill()
+            run.rank(0).kill()
         assert run.end() == 1
     assert "error: 2 attempts in a row got no further: " in run.log.read_text()
 
@@ -233,7 +234,7 @@ def test_ctrl_c_twice_ends_at_once(crops, mlflow_store):
     with Run(crops.keys("twice", **LONG), mlflow_store) as run:
         run.wait_for(8)
         family = run.family()
-        run.workers()[0].send_signal(signal.SIGSTOP)
+        run.rank(1).send_signal(signal.SIGSTOP)
         run.signal(signal.SIGINT)
         run.wait(lambda: "once more to stop at once" in run.log.read_text(), "answer")
         run.signal(signal.SIGINT)
