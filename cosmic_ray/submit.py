@@ -17,7 +17,7 @@ from cosmic_ray.errors import CosmicError, JobError
 from cosmic_ray.progress import say
 
 JOB_FILE = "job.yaml"
-_AGENT_WAIT_S = 60
+_AGENT_WAIT_S = 120
 _STOP_WAIT_S = 600
 """Ray kills what is still there so long after a stop; by default after 3 s, in which no checkpoint is saved."""
 _POLL_S = 1.0

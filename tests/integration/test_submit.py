@@ -44,10 +44,11 @@ def address() -> Iterator[str]:
 
 def cosmic_ray(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "cosmic_ray.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, timeout=240)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_submitted_job_runs_and_its_log_and_exit_code_come_back(address, tmp_path):
     file = tmp_path / "plates.yaml"
     file.write_text(PLATES.format(out=tmp_path / "plates"))
