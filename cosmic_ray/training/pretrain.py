@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from cosmic_ray import cluster, storage
 from cosmic_ray.errors import NotFoundError
 from cosmic_ray.output import MANIFEST, Output, claim
+from cosmic_ray.progress import say
 from cosmic_ray.training import assemble, checkpoint
 from cosmic_ray.training.record import METRICS, read_metrics
 
@@ -41,6 +42,10 @@ def _make(job: PretrainMAE, output: Output) -> None:
     found = assemble.inputs(job)
     gpus = require_resources(job, assemble.parameters(found.model), cluster.connect())
     cluster.require_seen_everywhere({"out": output.at("job.json"), **_manifests(job)})
+    say(
+        f"{found.plan.total_rows:,} crops to train on; {found.steps:,} steps of {job.global_batch}; "
+        f"learning rate up to {job.optim.rate(job.global_batch):.3g}; {assemble.parameters(found.model):,} parameters"
+    )
     lineage = _lineage(job, found)
     with _tracker(job, lineage, found.store.simulated) as tracker:
         for line in read_metrics(output.at(METRICS)) if tracker else []:

@@ -232,3 +232,16 @@ def test_another_order_does_not_resume(crops):
     plain(0, 1, crops.job("ordered", steps=4))
     with pytest.raises(JobError, match="the cursor belongs to plan"):
         crops.job("ordered", seed=9).loop(stream=plain_batches).run()
+
+
+@pytest.mark.exhaustive
+def test_compiled_blocks_train_alike(crops):
+    """Compiled kernels round differently; the weights follow those of eager ones."""
+    for name, compiled in (("eager", False), ("compiled", True)):
+        plain(0, 1, crops.job(name, compile=compiled, optim={"lr": 1e-3}, steps=4))
+    one, other = (
+        checkpoint.read_tensors(checkpoint.newest(f"{crops.folder}/{name}/checkpoints"), checkpoint.WEIGHTS)
+        for name in ("eager", "compiled")
+    )
+    for key, value in one.items():
+        assert torch.allclose(other[key], value, rtol=0, atol=1e-4), key
