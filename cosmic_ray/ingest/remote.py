@@ -29,7 +29,7 @@ from cosmic_ray.ingest import chunks
 from cosmic_ray.ingest.plan import Plan
 from cosmic_ray.progress import say
 
-QUEUED_CHUNKS = 1
+QUEUED_CHUNKS = 2
 QUICK_S, SLOW_S = 0.002, 0.1
 RESTARTS, RESTART_PAUSE_S = 3, 1.0
 
@@ -146,7 +146,7 @@ class RemoteWindows:
                 max_retries=0,
             )
         _configure(dataset.context, self._name)
-        return iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1))
+        return iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
 
 
 class _QueueIsFull(BackpressurePolicy):
