@@ -208,7 +208,7 @@ def busy_seconds() -> float:
 
 
 def rates(folder: Path, rounds: int, steps: int, compression: str, calm: float) -> None:
-    store = build(str(folder / f"store-{compression}"), 40, compression)
+    store = build(str(folder / f"store-{compression}"), 20, compression)
     plan = plan_of(store)
     ways: dict[str, Way] = {
         "torch DataLoader over a memory map, 0 workers": memory_map(store, folder, 0),
