@@ -27,7 +27,12 @@ def main() -> None:
 
     # Submitted jobs start `cosmic-ray` by name, and this environment may not be activated.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    node = {"num_cpus": given.cpus, "object_store_memory": given.store_mb * 2**20}
+    # Any free port for the agents that take jobs: where another Ray holds the usual one, they would stay without.
+    node = {
+        "num_cpus": given.cpus,
+        "object_store_memory": given.store_mb * 2**20,
+        "dashboard_agent_listen_port": 0,
+    }
     dashboard = {"include_dashboard": True, "dashboard_port": given.dashboard_port}
     cluster = Cluster(initialize_head=True, head_node_args={**node, **dashboard})
     stop = threading.Event()

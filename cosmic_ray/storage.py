@@ -15,7 +15,7 @@ import socket
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -204,7 +204,7 @@ def sweep(uri: str) -> None:
         return
     for path in local_path(uri).rglob(f"{_PART}*"):
         host, pid, _ = path.name.removeprefix(_PART).rsplit("-", 2)
-        with _local_errors(uri):
+        with _local_errors(uri), suppress(FileNotFoundError):  # its writer has just given it its name
             dead = host == socket.gethostname() and not psutil.pid_exists(int(pid))
             if dead or time.time() - path.stat().st_mtime > _STALE_S:
                 path.unlink(missing_ok=True)
