@@ -1,9 +1,10 @@
 """Fit the nucleus network on fields with hand-made masks and on drawn patches, and store it in whole numbers.
 
-    python -m cosmic_ray.imaging.fit.train --data DATA --sets dsb2018_train_fluo coelho2009_U2OS --out FILE
+    python -m cosmic_ray.imaging.fit.train --data DATA --sets dsb2018_train_fluo --steps 1600 \\
+        --source "Data Science Bowl 2018 (BBBC038), CC0" --out FILE
 
-Runs on one core in about a quarter of an hour. To judge it, fit on one set and segment the other:
-`tests/benchmarks/segmentation.py --weights`.
+That is how the shipped network was fitted: on one core, in about a quarter of an hour. To judge one, fit on one set and
+segment the other: `tests/benchmarks/segmentation.py --weights`.
 """
 
 from __future__ import annotations
@@ -168,14 +169,26 @@ def main() -> None:
     parser.add_argument("--sets", nargs="*", default=[], help="sets with masks to fit on; none: drawn patches alone")
     parser.add_argument("--simulated-share", type=float, default=0.35, help="share of the patches that are drawn")
     parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--source", default="", help="where the sets come from and their licence; kept in the file")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     fields = [field for name in arguments.sets for field in read_set(arguments.data / "images" / name)]
     share = arguments.simulated_share if fields else 1.0
     net = fit(fields, share, arguments.steps)
-    note = {"fitted_on": " ".join([*arguments.sets, "drawn"]), "steps": str(arguments.steps), "share_drawn": str(share)}
-    save_file(quantise(net), arguments.out, metadata=note)
+    save_file(quantise(net), arguments.out, metadata=_card(arguments, share))
+
+
+def _card(arguments: argparse.Namespace, share: float) -> dict[str, str]:
+    """What the file says of itself: how to fit it again, on what, and under which licence that came."""
+    sets = " ".join(arguments.sets)
+    options = f"--sets {sets} --simulated-share {share} --steps {arguments.steps}"
+    return {
+        "fitted_by": f"python -m cosmic_ray.imaging.fit.train {options}",
+        "fitted_on": f"{sets} and drawn patches ({share:.0%})" if sets else "drawn patches",
+        "source": arguments.source,
+        "torch": torch.__version__,
+    }
 
 
 if __name__ == "__main__":
