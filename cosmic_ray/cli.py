@@ -56,16 +56,19 @@ def run(
     if dry_run:
         _print(job.resolved(), as_json)
         return
+    from cosmic_ray.cluster import disconnect
     from cosmic_ray.pipeline import check
 
     # A cluster that takes its node back sends SIGTERM: it must save and stop just as Ctrl-C does.
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         check(job)
-        _print(job.run(), as_json)
+        results = job.run()
     except KeyboardInterrupt:
         say("stopped; run the same command again to go on")
         raise typer.Exit(130) from None
+    disconnect()
+    _print(results, as_json)
 
 
 @app.command()
@@ -111,7 +114,7 @@ def status(
         sys.exit(cluster.follow(address, submission))
     found = cluster.status(address, submission)
     if as_json:
-        print(json.dumps(found))
+        print(json.dumps({"submissions": found}))
         return
     for about in found:
         print(f"{about['submission']}  {about['status']:<10}  {about['metadata'].get('kind', about['entrypoint'])}")

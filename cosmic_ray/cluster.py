@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from dataclasses import dataclass
 
 from cosmic_ray import storage
@@ -46,6 +47,12 @@ def connect(num_cpus: int | None = None) -> Resources:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     return resources()
+
+
+def disconnect() -> None:
+    """Leave Ray, and end it where it is a local one: no line of a worker's log is printed after this."""
+    if (ray := sys.modules.get("ray")) is not None:
+        ray.shutdown()
 
 
 def resources() -> Resources:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,11 @@ JOBS = sorted((Path(__file__).parents[1] / "jobs").glob("*.yaml"))
 def cosmic_ray(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "cosmic_ray.cli", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=cwd)
+
+
+def import_from(folder: Path) -> dict[str, str]:
+    """The environment of a process, Ray's workers included, that finds the modules in `folder`."""
+    return {**os.environ, "PYTHONPATH": str(folder)}
 
 
 def test_help_names_every_verb_without_torch_ray_or_mlflow():
@@ -94,3 +100,61 @@ def test_submit_refuses_a_path_that_means_nothing_elsewhere(tmp_path):
     (tmp_path / "job.yaml").write_text("kind: split\nout: here\nstore: s")
     ended = cosmic_ray("submit", "job.yaml", cwd=tmp_path)
     assert ended.returncode == 2 and "out = 'here'" in ended.stderr
+
+
+CHATTY = """
+import sys, time
+from cosmic_ray import cli, jobs
+jobs.KINDS["chatty"] = "chatty:Chatty"
+sys.argv = ["cosmic-ray", "run", "job.yaml", "--json"]
+try:
+    cli.main()
+finally:
+    time.sleep(1)  # a worker that could still be heard would be
+"""
+CHATTY_JOB = """
+import threading, time
+from cosmic_ray import cluster
+from cosmic_ray.config import Job
+
+class Talker:
+    def __init__(self):
+        threading.Thread(target=self.talk, daemon=True).start()
+
+    def talk(self):
+        while True:
+            print("a worker's line", flush=True)
+            time.sleep(0.01)
+
+    def ready(self):
+        pass
+
+class Chatty(Job):
+    kind = "chatty"
+
+    def run(self):
+        import ray
+        cluster.connect(1)
+        self.__dict__["talker"] = ray.remote(Talker).remote()
+        ray.get(self.talker.ready.remote())
+        time.sleep(0.5)
+        return {"answer": 42}
+"""
+
+
+@pytest.mark.slow
+def test_standard_output_ends_with_one_json_object_whatever_the_workers_print(tmp_path):
+    (tmp_path / "chatty.py").write_text(CHATTY_JOB)
+    (tmp_path / "job.yaml").write_text("kind: chatty\nout: o")
+    ended = subprocess.run(
+        [sys.executable, "-c", CHATTY],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=tmp_path,
+        env=import_from(tmp_path),
+    )
+    assert ended.returncode == 0, ended.stderr
+    *before, last = ended.stdout.splitlines()
+    assert any("a worker's line" in line for line in before)
+    assert json.loads(last) == {"answer": 42}

@@ -61,7 +61,7 @@ def test_a_submitted_job_runs_and_its_log_and_exit_code_come_back(address, tmp_p
     assert refused.returncode == 2
     assert "holds another job" in refused.stdout
 
-    known = json.loads(cosmic_ray("status", "--address", address, "--json").stdout)
+    known = json.loads(cosmic_ray("status", "--address", address, "--json").stdout)["submissions"]
     assert [about["status"] for about in known] == ["FAILED", "SUCCEEDED"]
     assert known[0]["metadata"]["kind"] == "simulate-plates"
 
