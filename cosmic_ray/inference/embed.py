@@ -63,21 +63,18 @@ class Embed(Job):
     """Where the registered model is; MLFLOW_TRACKING_URI by default, else `sqlite:///runs/mlflow.db`."""
 
     def check(self) -> None:
-        """The store is there, the split fits it, and the model takes its crops."""
-        from cosmic_ray.registry.load import check_model_uri
+        """The store, the split and the model are there, and the model takes the store's crops."""
+        from cosmic_ray.registry.load import require_model
         from cosmic_ray.registry.package import read_config
         from cosmic_ray.stores.crops import CropStore
 
-        check_model_uri(self.model)
         try:
             store = CropStore.open(self.store)
         except NotFoundError as error:
             raise JobError("store", self.store, error.problem, error.remedy) from None
+        require_model(self.model, tracking=self.tracking_uri)
         if not self.model.startswith("models:"):
-            try:
-                _require_fit(self.model, read_config(self.model), store.spec)
-            except NotFoundError as error:
-                raise JobError("model", self.model, error.problem, error.remedy) from None
+            _require_fit(self.model, read_config(self.model), store.spec)
         if self.split is not None and not storage.exists(storage.join(self.split, "manifest.json")):
             raise JobError("split", self.split, "no split is published here", "run its job first")
 

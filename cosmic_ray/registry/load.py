@@ -11,15 +11,18 @@ from typing import TYPE_CHECKING, Any, Literal
 from cosmic_ray import storage
 from cosmic_ray.errors import DataError, JobError, NotFoundError
 from cosmic_ray.registry import server
-from cosmic_ray.registry.package import CONFIG, StoredModel, read_model
+from cosmic_ray.registry.package import StoredModel, read_config, read_model
 from cosmic_ray.registry.scrub import scrub_text
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
+    from mlflow import MlflowClient
 
 Precision = Literal["float32", "bfloat16"]
 _REGISTERED = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>[^/@]+))$")
+_UNKNOWN = {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}
+"""MLflow's answers to the name, the version and the alias (the second) that it does not know."""
 
 
 class Encoder:
@@ -117,13 +120,7 @@ def fetch_model(uri: str, *, tracking: str | None = None) -> StoredModel:
     """Read a model as `load_model` would, verified, without building its network. Raises as `load_model`."""
     if uri.startswith("models:"):
         return _fetch_registered(uri, server.tracking_uri(tracking))
-    uri = storage.absolute(uri)
-    try:
-        return read_model(uri)
-    except NotFoundError:
-        if storage.exists(inner := storage.join(uri, "model", CONFIG)):
-            raise NotFoundError(uri, "no model is here", f"did you mean {inner.removesuffix('/' + CONFIG)}?") from None
-        raise
+    return read_model(storage.absolute(uri))
 
 
 def check_model_uri(uri: str, key: str = "model") -> None:
@@ -144,6 +141,27 @@ def check_model_uri(uri: str, key: str = "model") -> None:
         raise JobError(key, uri, f"{match['version']!r} is no version", "versions are numbers; aliases follow an @")
 
 
+def require_model(uri: str, key: str = "model", tracking: str | None = None) -> None:
+    """Refuse a model that is not there, before anything starts; none of its weights are read.
+
+    Args:
+        uri: as `load_model` takes it.
+        key: where in the job it stands.
+        tracking: where the registry is, as in `load_model`.
+
+    Raises:
+        JobError: naming `key`: for an ill-formed URI, no such model, or a registry that does not answer.
+    """
+    check_model_uri(uri, key)
+    try:
+        if uri.startswith("models:"):
+            _resolved(uri, server.tracking_uri(tracking))
+        else:
+            read_config(uri)
+    except DataError as error:
+        raise JobError(key, uri, error.problem, error.remedy) from None
+
+
 def default_device() -> str:
     """`cuda` or `mps` where there is one, else `cpu`."""
     import torch
@@ -153,6 +171,22 @@ def default_device() -> str:
 
 def _fetch_registered(uri: str, where: str) -> StoredModel:
     check_model_uri(uri)
+    client, name, version = _resolved(uri, where)
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return _download(client, f"models:/{name}/{version}", where)
+    except MlflowException as error:
+        raise DataError(uri, f"{scrub_text(str(error))}", f"the registry is {scrub_text(where)}") from None
+
+
+def _resolved(uri: str, where: str) -> tuple[MlflowClient, str, str]:
+    """A client of the registry at `where`, and the name and version that a well-formed `models:/` URI means there.
+
+    Raises:
+        NotFoundError: where there is no such model.
+        DataError: where no server answers.
+    """
     match = _REGISTERED.match(uri)
     path = server.database(where)
     if path is not None and not path.is_file():
@@ -164,10 +198,15 @@ def _fetch_registered(uri: str, where: str) -> StoredModel:
 
     name = match["name"]
     try:
-        version = match["version"] or client.get_model_version_by_alias(name, match["alias"]).version
-        return _download(client, f"models:/{name}/{version}", where)
+        if match["alias"]:
+            return client, name, client.get_model_version_by_alias(name, match["alias"]).version
+        return client, name, client.get_model_version(name, match["version"]).version
     except MlflowException as error:
-        raise DataError(uri, f"{scrub_text(str(error))}", f"the registry is {scrub_text(where)}") from None
+        problem, registry = scrub_text(str(error)), f"the registry is {scrub_text(where)}"
+        if error.error_code in _UNKNOWN:
+            remedy = f"{registry}: let a pretrain-mae job register it, or give the URI of a model folder"
+            raise NotFoundError(uri, problem, remedy) from None
+        raise DataError(uri, problem, registry) from None
 
 
 def _download(client: Any, uri: str, where: str) -> StoredModel:

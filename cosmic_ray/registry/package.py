@@ -185,7 +185,10 @@ def read_config(uri: str) -> ModelConfig:
     try:
         tree = storage.read_json(where)
     except NotFoundError:
-        raise NotFoundError(uri, f"no model is here: no {CONFIG}", "name the folder that a training run left") from None
+        inner = storage.join(uri, "model")
+        there = storage.exists(storage.join(inner, CONFIG))
+        remedy = f"did you mean {inner}?" if there else "name the folder that a training run left"
+        raise NotFoundError(uri, f"no model is here: no {CONFIG}", remedy) from None
     if not isinstance(tree, dict) or tree.get("format") != FORMAT:
         raise DataError(where, f"not a {FORMAT} file")
     if tree.get("version") != VERSION:

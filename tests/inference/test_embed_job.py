@@ -209,6 +209,29 @@ def test_missing_inputs_are_refused_before_anything_starts(crop_store, model, tm
     assert not Path(tmp_path, "out").exists()
 
 
+@pytest.mark.parametrize("uri", ["models:/nobody@candidate", "models:/nobody/1", "models:/somebody@nobody"])
+def test_a_model_that_nobody_registered_is_refused_by_name(crop_store, model, tmp_path, tracking, uri):
+    register_model(model, "somebody", tracking=tracking)
+    whole = {"store": crop_store(8).uri, "out": str(tmp_path / "out")}
+    Embed(**whole, model="models:/somebody@candidate").check()
+    with pytest.raises(
+        JobError, match=r"(not found|No model version|Registered).*the registry is .*register it"
+    ) as refused:
+        Embed(**whole, model=uri).check()
+    assert (refused.value.key, refused.value.value) == ("model", uri)
+
+
+def test_without_a_registry_at_all_no_model_is_searched(crop_store, tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(JobError, match=r"no tracking database at .* MLFLOW_TRACKING_URI") as refused:
+        Embed(store=crop_store(8).uri, out="out").check()
+    assert refused.value.key == "model" and not Path("runs").exists()
+    away = Embed(store=crop_store(8).uri, out="out", tracking_uri="http://127.0.0.1:9")
+    with pytest.raises(JobError, match="no tracking server answers"):
+        away.check()
+
+
 @pytest.mark.parametrize(
     ("store", "channels", "says"),
     [
