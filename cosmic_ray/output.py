@@ -40,13 +40,21 @@ class Output:
         """The URI of something inside."""
         return storage.join(self.uri, *parts)
 
+    def require(self) -> None:
+        """Make sure that this run still holds the claim; asks storage only where that is long ago.
+
+        Raises:
+            FencedError: where another run has taken it over.
+        """
+        self._lease.require()
+
     def write(self, name: str, data: bytes) -> None:
         """Write one object whole, replacing an older one.
 
         Raises:
             FencedError: where another run has taken the claim over.
         """
-        self._lease.require()
+        self.require()
         storage.write_bytes(self.at(name), data)
 
     def publish(self, manifest: dict[str, Any]) -> None:

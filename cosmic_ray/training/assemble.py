@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from cosmic_ray import storage
 from cosmic_ray.errors import JobError, NotFoundError
-from cosmic_ray.training import checkpoint
-from cosmic_ray.training.settings import Scaling
+from cosmic_ray.training import beginning, checkpoint
 
 if TYPE_CHECKING:
     import torch
@@ -21,9 +21,7 @@ if TYPE_CHECKING:
     from cosmic_ray.training.data import Stream
     from cosmic_ray.training.job import PretrainMAE
     from cosmic_ray.training.loop import Callback, Loop
-    from cosmic_ray.training.mae import MAEObjective
 
-CHECKPOINTS = "checkpoints"
 MODEL_DECODER = ("mask_ratio", "decoder_dim", "decoder_depth", "decoder_heads", "background_weight")
 MODEL_ENCODER = ("img_size", "patch_size", "embed_dim", "depth", "num_heads")
 
@@ -70,15 +68,14 @@ def inputs(job: PretrainMAE) -> Inputs:
 
 def check(job: PretrainMAE) -> None:
     """Everything that can be known without Ray. Raises as `inputs`."""
-    from cosmic_ray.registry.load import check_model_uri
     from cosmic_ray.registry.register import check_alias
     from cosmic_ray.training.data import require_shares
 
     found = inputs(job)
-    found.plan.lanes_of(0, job.scaling.workers)
-    require_shares(found.plan, job.scaling.workers)
+    found.plan.lanes_of(0, job.scaling.most)
+    require_shares(found.plan, job.scaling.most)
     if job.init_from:
-        check_model_uri(job.init_from, "init_from")
+        beginning.check(job.init_from)
     if job.tracking:
         check_alias(job.tracking.alias, "tracking.alias")
     require_disk(job, parameters(found.model))
@@ -92,7 +89,7 @@ def require_disk(job: PretrainMAE, count: int) -> None:
     while not path.exists():
         path = path.parent
     one = 4 * count * (4 if job.ema else 3)
-    there = len(storage.listing(storage.join(job.out, CHECKPOINTS), f"*/{checkpoint.STATE}"))
+    there = len(storage.listing(checkpoint.within(job.out), f"*/{checkpoint.STATE}"))
     needed, free = one * max(1, job.checkpoint.keep + 1 - there), checkpoint.room(path)
     if free < needed:
         problem = (
@@ -154,7 +151,7 @@ def make_loop(
     """The loop of one rank. `stream`: `ingest.stream.batches` by default, which needs Ray; or `plain_batches`.
 
     Raises:
-        JobError, DataError: as `inputs`; and where `init_from` cannot be read or is another network's.
+        JobError, DataError: as `inputs` and `beginning.find`; and where `init_from` is another network's.
     """
     import torch
 
@@ -167,18 +164,19 @@ def make_loop(
     beat()
     device = torch.device(device)
     objective = MAEObjective(found.model, job.seed)
-    if job.init_from and checkpoint.newest(storage.join(job.out, CHECKPOINTS)) is None:
-        start_from(objective, job.init_from, job.tracking.uri if job.tracking else None)
+    if job.init_from and checkpoint.newest(checkpoint.within(job.out)) is None:
+        begun = beginning.kept(job.out) or beginning.find(job.init_from, job.tracking.uri if job.tracking else None)
+        begun.load(objective)
     beat()
+    # The reader's CPUs are part of the worker's bundle: asked for apart, they might be left on other nodes only.
+    stream = stream or partial(batches, read_cpus=0)
     held_out = found.split.rows("val")[: job.eval.crops]
-    data = CropData(
-        found.store, found.plan, held_out, stream or _with(batches, job.scaling), rank, world, job.micro_batch
-    )
+    data = CropData(found.store, found.plan, held_out, stream, rank, world, job.micro_batch)
     settings = LoopSettings(
         steps=found.steps,
         global_batch=job.global_batch,
         seed=job.seed,
-        checkpoints=storage.join(storage.absolute(job.out), CHECKPOINTS),
+        checkpoints=checkpoint.within(storage.absolute(job.out)),
         optim={NAME: job.optim},
         schedule=job.schedule,
         ema=job.ema,
@@ -194,42 +192,11 @@ def make_loop(
     return Loop(objective, settings, data, callbacks, device, stopping, beat)
 
 
-def start_from(objective: MAEObjective, uri: str, tracking: str | None = None) -> None:
-    """Load `init_from` into a new objective.
-
-    Raises:
-        JobError: where it is another network's.
-        DataError: where there is nothing, or it is damaged.
-    """
-    from cosmic_ray.registry.load import fetch_model
-
-    if not uri.startswith("models:"):
-        run = checkpoint.newest(storage.join(uri, CHECKPOINTS)) or uri
-        if storage.exists(storage.join(run, checkpoint.WEIGHTS)):
-            objective.load_checkpoint(exported_weights(run), uri)
-            return
-    objective.load_encoder(fetch_model(uri, tracking=tracking).network().state_dict(), uri)
-
-
-def exported_weights(uri: str) -> dict[str, torch.Tensor]:
-    """The weights of the checkpoint at `uri` as they are exported: their averages, where there are any."""
-    weights = checkpoint.read_tensors(uri, checkpoint.WEIGHTS)
-    if checkpoint.EMA in checkpoint.names(uri):
-        weights |= checkpoint.read_tensors(uri, checkpoint.EMA)
-    return weights
-
-
 def _opened(key: str, uri: str, opening: Callable, kind: str):
     try:
         return opening()
     except NotFoundError as error:
         raise JobError(key, uri, error.problem, f"run the {kind} job that makes it first") from None
-
-
-def _with(stream: Stream, scaling: Scaling) -> Stream:
-    import functools
-
-    return functools.partial(stream, read_cpus=scaling.cpus_per_reader)
 
 
 def _precision(wanted: str, device: torch.device) -> str:

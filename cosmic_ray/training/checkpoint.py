@@ -34,6 +34,11 @@ _SPARE_BYTES = 64 * 2**20
 Tensors = Mapping[str, "torch.Tensor"]
 
 
+def within(out: str) -> str:
+    """The folder of all checkpoints of the run at `out`."""
+    return storage.join(out, "checkpoints")
+
+
 def folder(checkpoints: str, step: int) -> str:
     """The URI of the checkpoint after `step` steps."""
     return storage.join(checkpoints, f"step-{step:08}")

@@ -1,8 +1,8 @@
 """The driver around Ray Train: starts the workers, follows them, starts them again when one dies or hangs.
 
 Ray Train gives the processes, the process group and the news that a worker died. What it would restore is not used:
-checkpoints are ours (a run goes on from the newest whole one), and so is the decision to start again, since only we
-know whether an attempt got any further.
+checkpoints are ours (a run goes on from the newest whole one), and so are the decision to start again, since only we
+know whether an attempt got any further, and the number of workers.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from typing import Any, Protocol
 
 from cosmic_ray import storage
 from cosmic_ray.errors import CosmicError
 from cosmic_ray.progress import Progress, progress, say
-from cosmic_ray.training import checkpoint
+from cosmic_ray.training import checkpoint, room
+from cosmic_ray.training.crew import Crew
 from cosmic_ray.training.loop import Callback, Loop
 from cosmic_ray.training.settings import Scaling
 
-CHECKPOINTS = "checkpoints"
 _PUMP_S = 0.2
 _HEALTH_CHECK_S = 0.5
 
@@ -47,7 +47,9 @@ class TrainingFailed(CosmicError):
         self.exit_code = exit_code
 
 
-def train(job: TrainingJob, steps: int, gpus_per_worker: float, callbacks: Sequence[Callback]) -> int:
+def train(
+    job: TrainingJob, steps: int, gpus_per_worker: float, callbacks: Sequence[Callback], require: Callable[[], None]
+) -> int:
     """Train until the last step; Ray must be up.
 
     Args:
@@ -55,6 +57,7 @@ def train(job: TrainingJob, steps: int, gpus_per_worker: float, callbacks: Seque
         steps: in all, for the progress.
         gpus_per_worker: 0 trains on CPUs.
         callbacks: told in this process, in order.
+        require: raises where this process may no longer write to the job's `out`; asked all the time.
 
     Returns:
         The steps done.
@@ -66,30 +69,38 @@ def train(job: TrainingJob, steps: int, gpus_per_worker: float, callbacks: Seque
     from cosmic_ray.training.wire import free_places, make_wire
 
     wire, failures = make_wire(), 0
-    with _stop_on_signal() as stop, progress("train", steps, "steps") as shown:
-        follow = _Follower(wire, callbacks, shown, stop)
+    with (
+        _stop_on_signal() as stop,
+        closing(Crew(job.scaling, gpus_per_worker, stop)) as crew,
+        progress("train", steps, "steps") as shown,
+    ):
+        follow = _Follower(wire, callbacks, shown, stop, require)
         while True:
-            before = checkpoint.newest(storage.join(job.out, CHECKPOINTS))
-            ending = follow.until_done(_Attempt(job, wire, gpus_per_worker))
-            if ending is None:
+            before = checkpoint.newest(checkpoint.within(job.out))
+            try:
+                ending = follow.until_done(_Attempt(job, wire, crew.gather(), gpus_per_worker), crew)
+            finally:
                 free_places(wire)
-                after = checkpoint.newest(storage.join(job.out, CHECKPOINTS))
+            if ending is None:
+                after = checkpoint.newest(checkpoint.within(job.out))
                 failures = 1 if after != before else failures + 1
                 if failures > job.scaling.max_failures:
                     raise TrainingFailed(f"{failures} attempts in a row got no further: {follow.reason}")
                 say(f"{follow.reason}; starting the workers again from {storage.name(after) if after else 'the start'}")
-                continue
-            if ending["ending"] == "stopped":
+            elif ending["ending"] == "finished":
+                return ending["step"]
+            elif stop.is_set():
                 say(f"saved after step {ending['step']}")
                 raise KeyboardInterrupt
-            return ending["step"]
+            else:
+                say(f"{follow.reason}; saved after step {ending['step']}, going on with other workers")
 
 
 class _Attempt:
     """One `TorchTrainer.fit`, in a thread: in the main one Ray Train would put its own handler on SIGINT."""
 
-    def __init__(self, job: TrainingJob, wire: Any, gpus_per_worker: float):
-        self._job, self._wire, self._gpus = job, wire, gpus_per_worker
+    def __init__(self, job: TrainingJob, wire: Any, workers: int, gpus_per_worker: float):
+        self._job, self._wire, self._workers, self._gpus = job, wire, workers, gpus_per_worker
         self.result: dict[str, Any] | None = None
         self.error: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="ray-train", daemon=True)
@@ -117,12 +128,13 @@ class _Attempt:
 
         scaling = self._job.scaling
         os.environ |= _environment(scaling)
-        resources = {"CPU": scaling.cpus_per_worker} | ({"GPU": self._gpus} if self._gpus else {})
         trainer = Trainer(
             work,
             train_loop_config={"job": self._job, "wire": self._wire},
             scaling_config=ScalingConfig(
-                num_workers=scaling.workers, use_gpu=bool(self._gpus), resources_per_worker=resources
+                num_workers=self._workers,
+                use_gpu=bool(self._gpus),
+                resources_per_worker=room.bundle(scaling, self._gpus),
             ),
             torch_config=TorchConfig(timeout_s=round(scaling.hang_timeout_s) + 60),
             run_config=RunConfig(
@@ -138,26 +150,37 @@ class _Attempt:
 class _Follower:
     """Hands on what the workers tell while an attempt lasts, and the wish to stop to them."""
 
-    def __init__(self, wire: Any, callbacks: Sequence[Callback], shown: Progress, stop: threading.Event):
+    def __init__(
+        self,
+        wire: Any,
+        callbacks: Sequence[Callback],
+        shown: Progress,
+        stop: threading.Event,
+        require: Callable[[], None],
+    ):
         self._wire, self._callbacks, self._shown, self._stop = wire, callbacks, shown, stop
-        self._told_to_stop = False
+        self._require = require
         self._note = ""
         self.reason = ""
-        """Why the last attempt failed."""
+        """Why the last attempt failed, or was asked to stop."""
 
-    def until_done(self, attempt: _Attempt) -> dict[str, Any] | None:
+    def until_done(self, attempt: _Attempt, crew: Crew) -> dict[str, Any] | None:
         """What the workers returned; None where they died and may be started again.
 
         Raises:
             TrainingFailed: where starting again would mend nothing.
+            FencedError: where another run has taken `out` over.
         """
         import ray
         from ray.train import TrainingFailedError
 
+        ray.get(self._wire.go_on.remote())
+        told_to_stop = False
         while attempt.alive:
             time.sleep(_PUMP_S)
-            if self._stop.is_set() and not self._told_to_stop:
-                self._told_to_stop = True
+            self._require()
+            if not told_to_stop and (self._stop.is_set() or self._wants_change(crew)):
+                told_to_stop = True
                 ray.get(self._wire.stop.remote())
             self._hand_on(ray.get(self._wire.take.remote()))
         self._hand_on(ray.get(self._wire.take.remote()))
@@ -171,6 +194,13 @@ class _Follower:
             raise attempt.error
         self.reason = _why(attempt.error)
         return None
+
+    def _wants_change(self, crew: Crew) -> bool:
+        import ray
+
+        reason = crew.change(ray.get(self._wire.nodes.remote()))
+        self.reason = reason or self.reason
+        return reason is not None
 
     def _hand_on(self, events: list[tuple]) -> None:
         from cosmic_ray.training.wire import SAY

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from cosmic_ray.registry.card import encoder_card
 from cosmic_ray.registry.package import ModelConfig, write_model
-from cosmic_ray.training import assemble
+from cosmic_ray.training.beginning import exported_weights
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,7 +24,7 @@ def exported_model(config: MAEConfig, checkpoint_uri: str) -> MaskedAutoencoder:
     from cosmic_ray.training.mae import MAEObjective
 
     objective = MAEObjective(config, 0)
-    objective.load_checkpoint(assemble.exported_weights(checkpoint_uri), checkpoint_uri)
+    objective.load_checkpoint(exported_weights(checkpoint_uri), checkpoint_uri)
     return objective.model.eval().requires_grad_(False)
 
 

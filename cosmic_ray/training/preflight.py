@@ -6,31 +6,33 @@ from typing import TYPE_CHECKING
 
 from cosmic_ray.cluster import Resources
 from cosmic_ray.errors import JobError
+from cosmic_ray.training import room
 
 if TYPE_CHECKING:
+    from cosmic_ray.training.assemble import Inputs
     from cosmic_ray.training.job import PretrainMAE
 
 
-def require_resources(job: PretrainMAE, parameters: int, found: Resources) -> float:
-    """See that the cluster can hold the workers, their readers and the network; return the GPUs of a worker.
+def require_resources(job: PretrainMAE, inputs: Inputs, found: Resources) -> float:
+    """See that the cluster can hold the fewest workers, their readers and the network; return the GPUs of a worker.
 
-    `parameters`: of the network. `found`: what the connected cluster has.
+    `found`: what the connected cluster has.
 
     Raises:
         JobError: naming the key, its value and the remedy.
     """
     gpus = _gpus(job, found)
     _require_cpus(job, found)
-    _require_memory(job, parameters, found, gpus)
+    _require_memory(job, inputs, found, gpus)
     return gpus
 
 
 def _gpus(job: PretrainMAE, found: Resources) -> float:
-    wanted = job.scaling.gpus_per_worker
+    wanted, workers = job.scaling.gpus_per_worker, job.scaling.fewest
     if wanted is None:
         wanted = 1.0 if found.gpus else 0.0
-    if wanted * job.scaling.workers > found.gpus:
-        problem = f"{job.scaling.workers} workers of {wanted:g} GPUs, and the cluster has {found.gpus:g}"
+    if wanted * workers > found.gpus:
+        problem = f"{workers} workers of {wanted:g} GPUs, and the cluster has {found.gpus:g}"
         raise JobError(
             "scaling.workers", job.scaling.workers, problem, "use fewer workers or scaling.gpus_per_worker=0"
         )
@@ -40,28 +42,37 @@ def _gpus(job: PretrainMAE, found: Resources) -> float:
 def _require_cpus(job: PretrainMAE, found: Resources) -> None:
     """A worker and its reader share a node, so they are counted node by node."""
     scaling = job.scaling
-    each = scaling.cpus_per_worker + scaling.cpus_per_reader
-    fits = sum(int(cpus / each + 1e-6) for cpus in found.node_cpus)
-    if scaling.workers <= fits:
+    fits = room.fits(({"CPU": cpus} for cpus in found.node_cpus), room.bundle(scaling, 0))
+    if scaling.fewest <= fits:
         return
     nodes = ", ".join(f"{cpus:g}" for cpus in found.node_cpus)
     problem = (
-        f"{scaling.workers} workers of {scaling.cpus_per_worker:g} CPUs, and {scaling.cpus_per_reader:g} on the same "
+        f"{scaling.fewest} workers of {scaling.cpus_per_worker:g} CPUs, and {scaling.cpus_per_reader:g} on the same "
         f"node for Ray Data to read for each; the nodes have {nodes}, which is room for {fits}"
     )
     remedy = f"scaling.workers={fits}, or " if fits else ""
     raise JobError("scaling.workers", scaling.workers, problem, f"{remedy}a smaller scaling.cpus_per_worker")
 
 
-def _require_memory(job: PretrainMAE, parameters: int, found: Resources, gpus: float) -> None:
-    """On CPUs: weights, gradients, two moments and averages of every worker, in float32. (GPUs tell it themselves.)"""
-    copies = 5 if job.ema else 4
-    shared = job.scaling.workers if job.scaling.strategy == "fsdp2" else 1
-    needed = 4 * parameters * copies * job.scaling.workers / shared
-    if gpus or needed <= found.memory_bytes:
+def _require_memory(job: PretrainMAE, inputs: Inputs, found: Resources, gpus: float) -> None:
+    """On CPUs: weights, gradients, two moments and averages of every worker, in float32 (GPUs tell it themselves).
+    Everywhere: what reading for the workers holds in memory."""
+    from cosmic_ray.ingest.stream import reading_bytes
+    from cosmic_ray.training.assemble import parameters
+
+    workers, count = job.scaling.fewest, parameters(inputs.model)
+    copies = (5 if job.ema else 4) * (1 if job.scaling.strategy == "fsdp2" else workers)
+    network = 0 if gpus else 4 * count * copies
+    shares = [inputs.plan.lanes_of(rank, workers) for rank in range(workers)]
+    reading = sum(reading_bytes(inputs.plan, lanes, inputs.store.spec.nbytes) for lanes in shares)
+    if network + reading <= found.memory_bytes:
         return
+    has = f"the cluster has {found.memory_bytes / 1e9:.1f} GB"
+    if network < reading:
+        problem = f"{workers} readers hold {reading / 1e9:.1f} GB of open windows; {has}"
+        raise JobError("data.window", job.data.window, problem, "choose a smaller data.window, or build smaller groups")
     problem = (
-        f"{parameters / 1e6:,.0f} M parameters take {needed / 1e9:.1f} GB on {job.scaling.workers} CPU workers, "
-        f"beside their activations; the cluster has {found.memory_bytes / 1e9:.1f} GB"
+        f"{count / 1e6:,.0f} M parameters take {network / 1e9:.1f} GB on {workers} CPU workers, beside their "
+        f"activations and {reading / 1e9:.1f} GB for reading; {has}"
     )
     raise JobError("model.preset", job.model.preset, problem, "choose a smaller preset, or train on GPUs")

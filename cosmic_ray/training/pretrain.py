@@ -10,7 +10,7 @@ from cosmic_ray import cluster, storage
 from cosmic_ray.errors import NotFoundError
 from cosmic_ray.output import MANIFEST, Output, claim
 from cosmic_ray.progress import say
-from cosmic_ray.training import assemble, checkpoint
+from cosmic_ray.training import assemble, beginning, checkpoint
 from cosmic_ray.training.record import METRICS, read_metrics
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ MODEL, PICTURE = "model", "reconstructions.png"
 def run(job: PretrainMAE) -> dict[str, Any]:
     """See `PretrainMAE.run`."""
     job = job.model_copy(update={key: storage.absolute(getattr(job, key)) for key in ("crops", "split", "out")})
+    if job.init_from and not job.init_from.startswith("models:"):
+        job = job.model_copy(update={"init_from": storage.absolute(job.init_from)})
     with claim(job) as output:
         if not output.done:
             _make(job, output)
@@ -40,17 +42,17 @@ def _make(job: PretrainMAE, output: Output) -> None:
     from cosmic_ray.training.preflight import require_resources
 
     found = assemble.inputs(job)
-    gpus = require_resources(job, assemble.parameters(found.model), cluster.connect())
+    gpus = require_resources(job, found, cluster.connect())
     cluster.require_seen_everywhere({"out": output.at("job.json"), **_manifests(job)})
     say(
         f"{found.plan.total_rows:,} crops to train on; {found.steps:,} steps of {job.global_batch}; "
         f"learning rate up to {job.optim.rate(job.global_batch):.3g}; {assemble.parameters(found.model):,} parameters"
     )
-    lineage = _lineage(job, found)
+    lineage = _lineage(job, found, output)
     with _tracker(job, lineage, found.store.simulated) as tracker:
         for line in read_metrics(output.at(METRICS)) if tracker else []:
             tracker.on_step(line.pop("step"), line)  # what a killed driver did not deliver; the rest is known
-        steps = train(job, found.steps, gpus, [tracker] if tracker else [])
+        steps = train(job, found.steps, gpus, [tracker] if tracker else [], output.require)
         results = _finish(job, output, found, lineage | {"step": steps}, tracker)
         output.publish(
             {
@@ -71,7 +73,7 @@ def _finish(
     """Export the weights of the last checkpoint, draw what they reconstruct, hand both to MLflow; the results."""
     from cosmic_ray.training.export import export_model, exported_model, picture
 
-    newest = checkpoint.newest(output.at(assemble.CHECKPOINTS))
+    newest = checkpoint.newest(checkpoint.within(output.uri))
     metrics = _summary(output.at(METRICS))
     model = exported_model(found.model, newest)
     config = export_model(job, found, model, output.at(MODEL), lineage, metrics)
@@ -88,12 +90,14 @@ def _manifests(job: PretrainMAE) -> dict[str, str]:
     return {key: storage.join(getattr(job, key), MANIFEST) for key in ("crops", "split")}
 
 
-def _lineage(job: PretrainMAE, found: Inputs) -> dict[str, Any]:
+def _lineage(job: PretrainMAE, found: Inputs, output: Output) -> dict[str, Any]:
     inputs = {
         "store": {"uri": job.crops, "content_hash": found.store.content_hash},
         "split": {"uri": job.split, "content_hash": found.split.content_hash},
     }
-    return {**inputs, "init_from": job.init_from, "plan": found.plan.digest, "job": job.fingerprint()}
+    tracking = job.tracking.uri if job.tracking else None
+    begun = beginning.keep(job.init_from, output, tracking) if job.init_from else None
+    return {**inputs, "init_from": begun, "plan": found.plan.digest, "job": job.fingerprint()}
 
 
 def _tracker(job: PretrainMAE, lineage: dict[str, Any], simulated: bool) -> AbstractContextManager[Tracker | None]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from cosmic_ray.config import Config
 
 REFERENCE_BATCH = 256
 """The global batch that `optim.lr` speaks of."""
+Count = Annotated[int, Field(ge=1)]
 
 
 class Optim(Config):
@@ -93,14 +94,15 @@ class DataOrder(Config):
 class Scaling(Config):
     """Workers and what each of them gets. Another number of workers continues the same run."""
 
-    workers: int = Field(1, ge=1)
-    """Training processes; the global batch is shared among them."""
+    workers: Count | tuple[Count, Count] = 1
+    """Training processes; the global batch is shared among them. `[2, 8]`: as many as there is room for, between the
+    two; fewer when nodes go, more when they come. The samples of every global batch stay the same."""
 
     cpus_per_worker: float = Field(1.0, gt=0)
     """CPUs that Ray sets aside for a worker; its threads are this, rounded down, and at least 1."""
 
     cpus_per_reader: float = Field(0.25, gt=0)
-    """CPUs that Ray Data gets to read for a worker, beside the worker's own."""
+    """CPUs set aside beside each worker, on its node, for Ray Data to read for it."""
 
     gpus_per_worker: float | None = Field(None, ge=0)
     """GPUs a worker; null takes one where the cluster has any."""
@@ -114,6 +116,31 @@ class Scaling(Config):
     hang_timeout_s: float = Field(600.0, gt=0)
     """A worker without progress for so long is ended, and the run goes on from its newest checkpoint. It must exceed
     the longest step, the compilation of the first one included."""
+
+    grow_every_s: float = Field(60.0, gt=0)
+    """Of a range of workers: seconds from one look for room for more workers to the next. Growing costs no step, but
+    the start of the new workers."""
+
+    patience_s: float = Field(1800.0, gt=0)
+    """Seconds to wait for room for the fewest workers, at the start and after nodes went, before the run gives up; the
+    same file goes on from its newest checkpoint."""
+
+    @property
+    def fewest(self) -> int:
+        """The least workers that the run goes on with."""
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def most(self) -> int:
+        """The most workers that it uses."""
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
+
+    @field_validator("workers")
+    @classmethod
+    def _ascending(cls, workers: int | tuple[int, int]) -> int | tuple[int, int]:
+        if not isinstance(workers, int) and workers[0] > workers[1]:
+            raise ValueError("a range is written [fewest, most]")
+        return workers
 
 
 class Tracking(Config):

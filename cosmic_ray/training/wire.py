@@ -25,13 +25,14 @@ _PATIENCE_S = 30.0
 @ray.remote(num_cpus=0, max_restarts=0)
 class _Wire:
     """Events that the driver has not taken, the wish to stop, the error that no restart would mend, and the placement
-    groups that workers had."""
+    groups and nodes that workers have."""
 
     def __init__(self) -> None:
         self._events: list[tuple] = []
         self._stopping = False
         self._failure: dict[str, Any] | None = None
         self._places: set[Any] = set()
+        self._nodes: set[str] = set()
 
     def exchange(self, events: list[tuple]) -> bool:
         self._events += events
@@ -50,11 +51,18 @@ class _Wire:
     def failure(self) -> dict[str, Any] | None:
         return self._failure
 
-    def placed(self, group: Any) -> None:
+    def go_on(self) -> None:
+        self._stopping = False
+
+    def placed(self, group: Any, node: str) -> None:
         self._places.add(group)
+        self._nodes.add(node)
+
+    def nodes(self) -> set[str]:
+        return self._nodes
 
     def places(self) -> list[Any]:
-        places, self._places = list(self._places), set()
+        places, self._places, self._nodes = list(self._places), set(), set()
         return places
 
 
@@ -81,7 +89,7 @@ class Link:
         self._stopping = False
         self._done = threading.Event()
         if (group := ray.util.get_current_placement_group()) is not None:
-            wire.placed.remote(group)
+            wire.placed.remote(group, ray.get_runtime_context().get_node_id())
         self._thread = threading.Thread(target=self._run, name="wire", daemon=True)
         self._thread.start()
 

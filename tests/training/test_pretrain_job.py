@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from io import BytesIO
 
 import numpy as np
@@ -15,11 +16,12 @@ from training_jobs import plain, undisturbed
 import cosmic_ray
 from cosmic_ray import storage
 from cosmic_ray.cluster import Resources
-from cosmic_ray.errors import DataError, JobError
+from cosmic_ray.errors import JobError
 from cosmic_ray.ingest.stream import plain_batches
 from cosmic_ray.models.mae import MAEConfig
 from cosmic_ray.output import claim
-from cosmic_ray.training import assemble, checkpoint, pretrain
+from cosmic_ray.training import assemble, beginning, checkpoint, pretrain
+from cosmic_ray.training.beginning import exported_weights
 from cosmic_ray.training.export import exported_model
 from cosmic_ray.training.job import PretrainMAE
 from cosmic_ray.training.preflight import require_resources
@@ -93,18 +95,35 @@ def test_a_full_disk_is_refused_before_work_starts(crops, monkeypatch):
         ({"workers": 4}, ONE_NODE, r"nodes have 2, which is room for 1 \(scaling.workers=1, or a smaller"),
         ({"workers": 4}, THREE_SMALL_NODES, r"nodes have 2, 2, 2, which is room for 3 \(scaling.workers=3"),
         ({"workers": 2, "gpus_per_worker": 1}, ONE_NODE, "2 workers of 1 GPUs, and the cluster has 0"),
-        ({}, Resources(1, (8.0,), 8.0, 0.0, 1e6, 1e9), r"model.preset = 'tiny': .* MB?.*choose a smaller preset"),
+        ({"workers": [3, 4]}, ONE_NODE, r"scaling.workers = \(3, 4\): 3 workers of 1 CPUs.*room for 1"),
+        ({}, Resources(1, (8.0,), 8.0, 0.0, 1e6, 1e9), r"data.window = 4: 1 readers hold 0.1 GB of open windows"),
     ],
 )
 def test_too_little_of_the_cluster_is_refused(crops, scaling, found, text):
     with pytest.raises(JobError, match=text):
-        require_resources(crops.job("refused", scaling=scaling), 10**7, found)
+        require(crops.job("refused", scaling=scaling), found)
+
+
+def require(job: PretrainMAE, found: Resources) -> float:
+    return require_resources(job, assemble.inputs(job), found)
+
+
+def test_a_network_larger_than_memory_is_refused(crops):
+    job = crops.job("refused", model={"preset": "large"})
+    with pytest.raises(JobError, match=r"model.preset = .large.: 307 M parameters take 6.1 GB.*smaller preset"):
+        require(job, Resources(1, (8.0,), 8.0, 0.0, 4e9, 1e9))
+
+
+def test_a_range_of_workers_needs_room_for_the_fewest(crops):
+    assert require(crops.job("refused", scaling={"workers": [1, 9]}), ONE_NODE) == 0
+    with pytest.raises(ValueError, match=r"a range is written \[fewest, most\]"):
+        PretrainMAE(**FILES, scaling={"workers": [4, 2]})
 
 
 def test_a_gpu_is_taken_where_there_is_one(crops):
     job = crops.job("refused", scaling={"workers": 2})
-    assert require_resources(job, 1000, Resources(1, (8.0,), 8.0, 2.0, 8e9, 1e9)) == 1
-    assert require_resources(crops.job("refused"), 1000, ONE_NODE) == 0
+    assert require(job, Resources(1, (8.0,), 8.0, 2.0, 8e9, 1e9)) == 1
+    assert require(crops.job("refused"), ONE_NODE) == 0
 
 
 def test_two_workers_train_what_one_does(crops):
@@ -152,7 +171,7 @@ def finished(crops, tmp_path_factory):
     assert loop.run() == ("finished", 12)
     with claim(job) as output:
         found = assemble.inputs(job)
-        lineage = pretrain._lineage(job, found) | {"step": 12}
+        lineage = pretrain._lineage(job, found, output) | {"step": 12}
         results = pretrain._finish(job, output, found, lineage, None)
     return job, found, results
 
@@ -207,7 +226,7 @@ def test_pretraining_goes_on_from_other_weights(crops, finished, what):
     uri = {"run": job.out, "checkpoint": newest, "model": results["model"]}[what]
     begun = crops.job(f"from-{what}", init_from=uri, seed=5)
     weights = begun.loop(stream=plain_batches).state.networks["mae"].state_dict()
-    exported = assemble.exported_weights(newest)
+    exported = exported_weights(newest)
     same = {key for key, value in weights.items() if torch.equal(value, exported[f"mae.{key}"])}
     if what == "model":
         assert {key for key in weights if key.startswith("encoder.")} <= same
@@ -223,8 +242,26 @@ def test_weights_of_another_network_are_refused(crops, finished):
 
 
 def test_nothing_at_init_from_is_refused(crops):
-    with pytest.raises(DataError, match="no model is here"):
-        crops.job("nowhere", init_from=f"{crops.folder}/nowhere").loop(stream=plain_batches)
+    with pytest.raises(JobError, match=r"init_from = '.*/nowhere': nothing is there"):
+        crops.job("nowhere", init_from=f"{crops.folder}/nowhere").check()
+    with pytest.raises(JobError, match=r"init_from = .*: no model is here"):
+        crops.job("nowhere", init_from=crops.folder).loop(stream=plain_batches)
+
+
+def test_what_a_run_started_from_is_kept(crops, finished, tmp_path):
+    """An alias moves, a folder goes: a resumed run and its workers have what the driver read first."""
+    source = str(tmp_path / "model")
+    shutil.copytree(finished[2]["model"], source)
+    job = crops.job("kept", init_from=source, seed=5)
+    wanted = job.loop(stream=plain_batches).state.networks["mae"].state_dict()
+    with claim(job) as output:
+        told = beginning.keep(source, output)
+    shutil.rmtree(source)
+    begun = job.loop(stream=plain_batches).state.networks["mae"].state_dict()
+    assert all(torch.equal(begun[key], wanted[key]) for key in wanted)
+    with claim(job) as output:
+        assert beginning.keep("models:/gone@candidate", output) == told
+    assert told["uri"] == source and re.fullmatch("[0-9a-f]{64}", told["weights"])
 
 
 def test_another_order_does_not_resume(crops):
