@@ -118,8 +118,8 @@ class Lease:
             return False
         if held["released"]:
             return True
-        if held["machine"] == _machine():
-            alive = _alive(held["pid"], held["born"])
+        if held["machine"] == this_machine():
+            alive = is_alive(held["pid"], held["born"])
         else:
             time.sleep(SILENT_S)
             alive = self._read(number) != held
@@ -146,11 +146,11 @@ class Lease:
     def _record(self, released: bool = False) -> bytes:
         self._beats += 1
         me = psutil.Process()
-        owner = {"host": socket.gethostname(), "machine": _machine(), "pid": me.pid, "born": me.create_time()}
+        owner = {"host": socket.gethostname(), "machine": this_machine(), "pid": me.pid, "born": me.create_time()}
         return json.dumps({**owner, "token": self._token, "beat": self._beats, "released": released}).encode()
 
 
-def _machine() -> str:
+def this_machine() -> str:
     """This boot of this machine and its space of process numbers: containers share host names and numbers."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
@@ -158,7 +158,8 @@ def _machine() -> str:
         return f"{socket.gethostname()}:{psutil.boot_time()}"
 
 
-def _alive(pid: int, born: float) -> bool:
+def is_alive(pid: int, born: float) -> bool:
+    """Whether the process of this machine with that number, begun at `born` (s since 1970), runs."""
     try:
         process = psutil.Process(pid)
         return abs(process.create_time() - born) < 2.0 and process.status() != psutil.STATUS_ZOMBIE

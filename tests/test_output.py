@@ -106,7 +106,7 @@ def test_of_many_claimants_one_gets_it(home: str):
     """The dead owner's folder is claimed by eight at once, round after round."""
     out = storage.join(home, "out")
     for round_ in range(4):
-        gone = {**ELSEWHERE, "machine": lease._machine(), "pid": 2**22 + 1}
+        gone = {**ELSEWHERE, "machine": lease.this_machine(), "pid": 2**22 + 1}
         storage.write_bytes(storage.join(out, f"_lease-{round_ * 10 + 5:05}.json"), json.dumps(gone).encode())
         holders, refused, finish, barrier = [], [], threading.Event(), threading.Barrier(8)
 

@@ -17,6 +17,7 @@ import psutil
 
 from cosmic_ray import storage
 from cosmic_ray.errors import NotFoundError
+from cosmic_ray.lease import is_alive, this_machine
 from cosmic_ray.output import encode
 from cosmic_ray.progress import say
 from cosmic_ray.registry import server
@@ -194,8 +195,7 @@ class MlflowRun:
         """End the runs that a process of this machine left RUNNING when it was killed, this one's aside."""
         experiment = self._run.info.experiment_id
         for run in self._client.search_runs([experiment], "attributes.status = 'RUNNING'"):
-            host, _, rest = run.data.tags.get(PROCESS, "").partition(" ")
-            if host == socket.gethostname() and run.info.run_id != self._id and not _alive(rest):
+            if run.info.run_id != self._id and _surely_dead(run.data.tags.get(PROCESS, "")):
                 self._client.set_terminated(run.info.run_id, "KILLED")
 
 
@@ -209,8 +209,8 @@ def _may_pass(error: Exception) -> bool:
 
 
 def this_process() -> str:
-    """Host, process id and the time that it began: `host pid born`."""
-    return f"{socket.gethostname()} {os.getpid()} {psutil.Process().create_time():.2f}"
+    """Host, machine, process id and the time that it began: `host machine pid born`."""
+    return f"{socket.gethostname()} {this_machine()} {os.getpid()} {psutil.Process().create_time():.2f}"
 
 
 def now_ms() -> int:
@@ -218,11 +218,12 @@ def now_ms() -> int:
     return int(time.time() * 1000)
 
 
-def _alive(pid_born: str) -> bool:
-    pid, _, born = pid_born.partition(" ")
+def _surely_dead(process: str) -> bool:
+    """Whether what `this_process` once said was said by a process of this machine that is gone."""
     try:
-        return abs(psutil.Process(int(pid)).create_time() - float(born)) < 2.0
-    except (psutil.NoSuchProcess, ValueError):
+        _, machine, pid, born = process.split(" ")
+        return machine == this_machine() and not is_alive(int(pid), float(born))
+    except ValueError:
         return False
 
 

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import mlflow
+import psutil
 import pytest
 import yaml
 from tiny_encoder import export
@@ -22,6 +23,8 @@ from tiny_encoder import export
 import cosmic_ray
 from cosmic_ray import storage
 from cosmic_ray.errors import DataError
+from cosmic_ray.lease import this_machine
+from cosmic_ray.registry import run as run_module
 from cosmic_ray.registry import sender, server
 from cosmic_ray.registry import tracking as tracking_module
 from cosmic_ray.registry.tracking import Tracker, deliver
@@ -187,6 +190,25 @@ def test_a_run_whose_process_is_gone_is_ended_by_the_next_job(client, tmp_path):
     with track(str(tmp_path / "next")) as tracker:
         until(lambda: run_of(client, out).info.status == "KILLED")
         assert client.get_run(tracker.run_id).info.status == "RUNNING"
+
+
+@pytest.mark.parametrize(
+    ("machine", "born", "status"),
+    [("another-boot-pid:[1]", 1.0, "RUNNING"), (None, 1.0, "KILLED"), (None, None, "RUNNING")],
+    ids=["a container of this host name", "a number that another process got", "this process"],
+)
+def test_only_a_run_of_a_process_that_is_surely_gone_is_ended(client, tmp_path, machine, born, status):
+    """Containers share host names and process numbers: this very process has the number of each of these owners."""
+    owner = psutil.Process()
+    process = f"{socket.gethostname()} {machine or this_machine()} {owner.pid} {born or owner.create_time()}"
+    with track(str(tmp_path / "any")):
+        pass
+    experiment = client.get_experiment_by_name(server.EXPERIMENT).experiment_id
+    other = client.create_run(experiment, tags={run_module.PROCESS: process})
+    with track(str(tmp_path / "next")) as tracker:
+        tracker.on_step(1, {"loss": 1.0})
+    assert client.get_run(other.info.run_id).info.status == status
+    client.delete_run(other.info.run_id)
 
 
 def test_a_run_made_and_not_written_down_is_found_again(client, tmp_path, monkeypatch):
