@@ -11,7 +11,7 @@ from scipy.ndimage import gaussian_filter
 from cosmic_ray.imaging.agreement import Counts, match_objects
 from cosmic_ray.imaging.read import read_field
 from cosmic_ray.imaging.segment import Segmentation, segment
-from cosmic_ray.imaging.segment_better import estimate_diameter, normalise, part, rescale
+from cosmic_ray.imaging.segment_better import _contacts, _restored, estimate_diameter, normalise, part, rescale
 
 BETTER, PAPER = Segmentation(), Segmentation(recipe="paper")
 
@@ -120,6 +120,37 @@ def test_parting_worked_by_hand():
     assert (labels[5:15, 5:25] > 0).all()
     assert (labels[20:26, 5:11] == labels[23, 8]).all() and labels[23, 8] > 0
     assert not labels[20:22, 30:32].any()
+
+
+@pytest.mark.parametrize(("slope", "middle"), [(0.0, 20.3), (0.31, 15.0), (1.0, 0.0), (-2.7, 71.0)])
+def test_borders_of_touching_nuclei_are_no_staircase(slope, middle):
+    """Two halves of a plane, found at a sixth of the field's scale: the border stays within a pixel of the line."""
+    small, scale = 40, 6
+    y, x = np.mgrid[:small, :small]
+    objects = np.where(y - slope * x - middle > 0, 2, 1).astype(np.int32)
+    labels = _restored(objects, np.full(objects.shape, 100, np.int16), (small * scale, small * scale), 1)
+    y, x = (np.mgrid[: small * scale, : small * scale] + 0.5) / scale - 0.5
+    beyond = (y - slope * x - middle) * scale / np.hypot(1, slope)
+    inner = np.zeros(labels.shape, bool)
+    inner[5 * scale : -5 * scale, 5 * scale : -5 * scale] = True
+    wrong = inner & (labels != np.where(beyond > 0, 2, 1))
+    offset = np.median(beyond[wrong]) if wrong.any() else 0
+    assert (inner & (labels == 1)).any() and (inner & (labels == 2)).any()
+    assert np.abs(beyond[wrong] - offset).max(initial=0) < 2
+
+
+def test_only_what_touches_is_redrawn():
+    objects = np.zeros((30, 40), np.int32)
+    objects[5:15, 5:15], objects[5:15, 15:25], objects[5:15, 27:37], objects[20:28, 5:15] = 3, 1, 4, 2
+    objects[10, 15] = 3
+    assert _contacts(objects).tolist() == [[1, 3, 5, 14, 15, 17]]
+    assert _contacts(np.where(objects == 3, 0, objects)).shape == (0, 6)
+    inside = np.where(objects > 0, 100, -100).astype(np.int16)
+    labels = _restored(objects, inside, (150, 200), 1)
+    alone = _restored(np.where(objects == 3, 1, objects), inside, (150, 200), 1)
+    np.testing.assert_array_equal(labels == 4, alone == 3)
+    np.testing.assert_array_equal(labels == 2, alone == 2)
+    np.testing.assert_array_equal((labels == 1) | (labels == 3), alone == 1)
 
 
 @pytest.mark.data
