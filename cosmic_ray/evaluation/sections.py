@@ -20,7 +20,9 @@ from cosmic_ray.stores.crops import CropStore
 from cosmic_ray.stores.show import montage
 from cosmic_ray.stores.split import PARTS, Split
 
-_MAPPED = 4000
+_SAMPLE, _FITTED, _MAPPED = 50_000, 20_000, 4000
+"""The most crops whose embedding is read; of those the most that a linear model is fitted on, and that a map shows."""
+_FEWEST_FOR_UMAP = 50
 _CLASSES = 12
 
 
@@ -121,32 +123,36 @@ def training(uri: str) -> Part:
 
 
 def embedding(uri: str, store: CropStore, split: Split, seed: int) -> Part:
-    """Maps of the embedding, and how well a linear model reads the cell line from it on val."""
-    vectors = Embeddings.open(uri).vectors()
-    if len(vectors) != len(store):
-        raise DataError(uri, f"{len(vectors):,} embeddings for a store of {len(store):,} crops", "embed this store")
-    about = store.metadata(["cell_line", "treatment", "plate", "area_px", "eccentricity", "mean_intensity"])
-    shown = np.sort(np.random.default_rng(seed).permutation(len(store))[:_MAPPED])
-    colours = _colours(about, shown)
-    points, axes = _principal(vectors, shown), "principal components"
-    drawn = [figures.scatter(points, values, f"{name} ({axes})") for name, values in colours.items()]
-    if len(shown) >= 50:
-        mapped = _umap(vectors[shown], seed)
-        drawn = [figures.scatter(mapped, values, f"{name} (UMAP)") for name, values in colours.items()] + drawn[:1]
-    section = Section("What the embedding shows", figures=drawn)
-    facts: dict[str, Any] = {"width": int(vectors.shape[1]), "rows": len(vectors)}
+    """Maps of the embedding, and how well a linear model reads the cell line from it on val; from a sample of the
+    crops, so that memory does not grow with the store.
+    """
+    found = Embeddings.open(uri)
+    if len(found) != len(store):
+        raise DataError(uri, f"{len(found):,} embeddings for a store of {len(store):,} crops", "embed this store")
+    rows = found.sample(_SAMPLE, seed)
+    vectors = found.vectors(rows)
+    about = store.metadata(["cell_line", "treatment", "plate", "area_px", "eccentricity", "mean_intensity"], rows)
+    shown = np.sort(np.random.default_rng(seed).permutation(len(rows))[:_MAPPED])
+    seen = f"{len(rows):,} of {len(store):,} crops, drawn with seed {seed}" if len(rows) < len(store) else "all crops"
+    section = Section(
+        "What the embedding shows",
+        notes=[f"From {seen}; the maps show {len(shown):,} of them."],
+        figures=_maps(vectors[shown], _colours(about, shown), seed),
+    )
+    facts: dict[str, Any] = {"width": found.width, "rows": len(found), "sampled": len(rows)}
     lines = np.array(about["cell_line"].to_pylist())
-    parts = _probed(split, seed)
+    parts = _probed(split.codes[rows], seed)
     # A split by plate may leave a single cell line in train: then there is nothing to tell apart.
     if len(set(lines)) <= _CLASSES and len(set(lines[parts.train])) >= 2 and len(parts.val) and len(parts.test):
         read = _read_cell_line(vectors, about, lines, parts)
         facts["cell_line_balanced_accuracy_on_val"] = read
         section.notes.append(
-            "A linear model fitted on train tells the cell line of val crops with balanced accuracy "
-            f"{read['embedding']:.3f} from the embedding and {read['area, eccentricity, brightness']:.3f} from area, "
-            f"eccentricity and brightness alone (chance {1 / len(set(lines)):.3f})."
+            f"A linear model fitted on {len(parts.train):,} crops of train tells the cell line of {len(parts.test):,} "
+            f"of val with balanced accuracy {read['embedding']:.3f} from the embedding and "
+            f"{read['area, eccentricity, brightness']:.3f} from area, eccentricity and brightness alone "
+            f"(chance {1 / len(set(lines)):.3f})."
         )
-    return Part([section], [(facts["width"], "numbers an embedding")], {"embedding": facts})
+    return Part([section], [(found.width, "width of the embedding")], {"embedding": facts})
 
 
 def origin(inputs: Mapping[str, str], manifests: Mapping[str, Mapping[str, Any]]) -> Section:
@@ -205,10 +211,20 @@ def _colours(about: pa.Table, shown: np.ndarray) -> dict[str, np.ndarray]:
     return found
 
 
-def _principal(vectors: np.ndarray, shown: np.ndarray) -> np.ndarray:
+def _maps(vectors: np.ndarray, colours: Mapping[str, np.ndarray], seed: int) -> list[str]:
+    """Every colouring on the UMAP and the first on the principal components; with few crops all on these."""
+    points = _principal(vectors)
+    flat = [figures.scatter(points, values, f"{name} (principal components)") for name, values in colours.items()]
+    if len(vectors) < _FEWEST_FOR_UMAP:
+        return flat
+    points = _umap(vectors, seed)
+    return [figures.scatter(points, values, f"{name} (UMAP)") for name, values in colours.items()] + flat[:1]
+
+
+def _principal(vectors: np.ndarray) -> np.ndarray:
     from sklearn.decomposition import PCA
 
-    return PCA(2, svd_solver="randomized", random_state=0).fit_transform(vectors[shown])
+    return PCA(2, svd_solver="randomized", random_state=0).fit_transform(vectors)
 
 
 def _umap(vectors: np.ndarray, seed: int) -> np.ndarray:
@@ -221,10 +237,11 @@ def _umap(vectors: np.ndarray, seed: int) -> np.ndarray:
         return UMAP(random_state=seed, n_neighbors=15, min_dist=0.2).fit_transform(vectors)
 
 
-def _probed(split: Split, seed: int) -> probe.Split3:
+def _probed(codes: np.ndarray, seed: int) -> probe.Split3:
     """Judged on val; the penalty is chosen on a fifth of train, so val is not fitted on in any way."""
-    train = np.random.default_rng(seed).permutation(split.rows("train"))[:20_000]
-    return probe.Split3(train[len(train) // 5 :], train[: len(train) // 5], split.rows("val"))
+    train, val = (np.flatnonzero(codes == PARTS.index(part)) for part in ("train", "val"))
+    train = np.random.default_rng(seed).permutation(train)[:_FITTED]
+    return probe.Split3(train[len(train) // 5 :], train[: len(train) // 5], val)
 
 
 def _read_cell_line(vectors: np.ndarray, about: pa.Table, lines: np.ndarray, parts: probe.Split3) -> dict[str, float]:

@@ -53,11 +53,33 @@ class Embeddings:
         for facts in self.manifest["parts"]:
             yield read_part(self.uri, facts)
 
-    def vectors(self) -> np.ndarray:
-        """All embeddings: float32 (N, D)."""
-        found = np.empty((len(self), self.width), np.float32)
-        row = 0
-        for part in self.parts():
-            found[row : row + len(part)] = matrix(part["embedding"])
-            row += len(part)
+    def sample(self, count: int, seed: int) -> np.ndarray:
+        """Row numbers of `count` crops drawn with `seed` (of all, where there are no more): int64, ascending.
+
+        They lie in as few parts as will do, so that little is read. That is fair, since a store's rows are in the
+        order of hash(crop_id): which part a crop is in says nothing of it.
+        """
+        sizes = np.array([facts["rows"] for facts in self.manifest["parts"]], np.int64)
+        ends = np.cumsum(sizes)
+        random = np.random.default_rng(seed)
+        order = random.permutation(len(sizes))
+        enough = 1 + int(np.searchsorted(np.cumsum(sizes[order]), min(count, len(self))))
+        rows = np.concatenate([np.arange(ends[part] - sizes[part], ends[part]) for part in np.sort(order[:enough])])
+        return np.sort(random.choice(rows, min(count, len(rows)), replace=False))
+
+    def vectors(self, rows: np.ndarray | None = None) -> np.ndarray:
+        """The embeddings of row numbers `rows` (ascending), or all: float32 (N, D); one part is read at a time.
+
+        Raises:
+            DataError: naming the part that is missing or damaged.
+        """
+        rows = np.arange(len(self)) if rows is None else rows
+        found = np.empty((len(rows), self.width), np.float32)
+        first = done = 0
+        for facts in self.manifest["parts"]:
+            last = first + facts["rows"]
+            if here := int(np.searchsorted(rows, last)) - done:
+                part = matrix(read_part(self.uri, facts)["embedding"])
+                found[done : done + here] = part[rows[done : done + here] - first]
+            first, done = last, done + here
         return found

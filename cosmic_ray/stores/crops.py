@@ -125,21 +125,31 @@ class CropStore:
             raise _damaged(group, f"has {len(rows)} rows; the manifest says {group.rows}")
         return rows
 
-    def metadata(self, columns: Sequence[str]) -> pa.Table:
-        """`columns` (none of them `image`) of all rows; only the bytes of the metadata columns are fetched.
+    def metadata(self, columns: Sequence[str], rows: np.ndarray | None = None) -> pa.Table:
+        """`columns` (none of them `image`) of row numbers `rows`, in that order, or of all rows.
+
+        Only the bytes of the metadata columns are fetched, and only of row groups that hold one of the rows.
 
         Raises:
             DataError: as `read_row_group`.
+            IndexError: for a row that the store does not have.
         """
         wanted = self._known(columns)
         if "image" in wanted:
             raise KeyError("image: metadata() never reads images; use batches() or crops()")
+        if rows is None:
+            return self._metadata(wanted, np.arange(len(self.row_groups)))
+        rows, group_of_row = self._located(rows)
+        groups = np.unique(group_of_row) if len(rows) else np.zeros(1, np.int64)
+        found = self._metadata(wanted, groups)
+        skipped = self.group_starts[groups] - np.cumsum(np.append(0, self.rows_per_group[groups][:-1]))
+        return found.take(rows - skipped[np.searchsorted(groups, group_of_row)])
+
+    def _metadata(self, columns: Sequence[str], groups: np.ndarray) -> pa.Table:
         ends = np.cumsum([len(shard.row_groups) for shard in self.manifest.shards])
-        shards = [
-            range(end - len(shard.row_groups), end) for end, shard in zip(ends, self.manifest.shards, strict=True)
-        ]
+        by_shard = np.split(groups, np.searchsorted(groups, ends))
         with ThreadPoolExecutor(_METADATA_THREADS) as pool:
-            parts = pool.map(lambda groups: [self.read_row_group(group, wanted) for group in groups], shards)
+            parts = pool.map(lambda some: [self.read_row_group(int(group), columns) for group in some], by_shard)
             return pa.concat_tables(part for shard in parts for part in shard).combine_chunks()
 
     def batches(self, size: int, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
@@ -164,16 +174,20 @@ class CropStore:
         Raises:
             IndexError: for a row that the store does not have.
         """
-        rows = np.asarray(rows, np.int64)
-        if len(rows) and not (rows.min() >= 0 and rows.max() < len(self)):
-            raise IndexError(f"rows {rows.min()}..{rows.max()} of a store with {len(self)}")
+        rows, groups = self._located(rows)
         found = np.empty((len(rows), *self.spec.shape), np.uint8)
-        groups = np.searchsorted(self.group_starts, rows, side="right") - 1
         for group in np.unique(groups):
             here = np.flatnonzero(groups == group)
             stored = images(self.read_row_group(int(group), ["image"]), self.spec)
             found[here] = stored[rows[here] - self.group_starts[group]]
         return found
+
+    def _located(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """`rows` as int64, and the row group of each."""
+        rows = np.asarray(rows, np.int64)
+        if len(rows) and not (rows.min() >= 0 and rows.max() < len(self)):
+            raise IndexError(f"rows {rows.min()}..{rows.max()} of a store with {len(self)}")
+        return rows, np.searchsorted(self.group_starts, rows, side="right") - 1
 
     def _known(self, columns: Sequence[str] | None) -> list[str]:
         if columns is None:
