@@ -101,7 +101,7 @@ def _objects_of(job: BuildCrops, entry: Entry, data: dict[str, bytes]) -> tuple[
     columns = measure(labels, field.pixels[0])
     if not len(columns["label"]):
         raise Rejected("no nuclei", "no object above the speck floor")
-    checks, reject = check_objects(labels, field.pixels[0], columns, job.quality)
+    checks, reject = check_objects(labels, field.pixels[0], columns, job.quality, field.white)
     reject = np.where(fits(columns, job.crop_px) | (reject != KEEP), reject, TOO_LARGE)
     reject = np.where(columns["touches_border"], BORDER, reject)
     rows = np.flatnonzero(reject == KEEP)

@@ -15,6 +15,7 @@ import xxhash
 from cosmic_ray import storage
 from cosmic_ray.errors import DataError, NotFoundError
 from cosmic_ray.imaging.catalogue import Entry
+from cosmic_ray.imaging.quality import white_pixels
 from cosmic_ray.imaging.read import PIXEL_LIMIT, FieldError, read_field
 from cosmic_ray.imaging.source import Source
 
@@ -38,6 +39,8 @@ class Field:
     """(C, H, W) uint8 or uint16."""
     labels: np.ndarray | None
     """(H, W) int32 where the catalogue gives a label image."""
+    white: np.ndarray
+    """(H, W) bool: where the first channel's file lies at the camera's white level, before anything was corrected."""
     factor: float
     """How much larger it is than its files, along each side; 1 where it was not rescaled."""
     pixel_size_um: float
@@ -91,7 +94,9 @@ def load_field(entry: Entry, source: Source, data: dict[str, bytes], target_um_p
     Raises:
         Rejected: where anything is wrong with them.
     """
-    planes = [_plane(entry, source, position, data) for position in range(len(source.channels))]
+    raw = [_plane(entry, source, position, data) for position in range(len(source.channels))]
+    white = white_pixels(raw[0])
+    planes = [_corrected(plane, uri) for plane, uri in zip(raw, entry.illumination or [""] * len(raw), strict=True)]
     shapes = {plane.shape for plane in planes}
     if len(shapes) > 1:
         raise Rejected("wrong dimensions", f"channels differ: {sorted(shapes)}")
@@ -99,21 +104,21 @@ def load_field(entry: Entry, source: Source, data: dict[str, bytes], target_um_p
     labels = read_labels(data[entry.label_uri], entry.label_uri) if entry.label_uri else None
     if labels is not None and labels.shape != pixels.shape[1:]:
         raise Rejected("label image", f"its shape is {labels.shape}, the field's {pixels.shape[1:]}")
-    return _rescaled(pixels, labels, entry.pixel_size_um, target_um_px)
+    return _rescaled(Field(pixels, labels, white, 1.0, entry.pixel_size_um), target_um_px)
 
 
 def _plane(entry: Entry, source: Source, position: int, data: dict[str, bytes]) -> np.ndarray:
     uri = entry.files[position]
     page = entry.page if entry.page >= 0 else None
     try:
-        plane = read_field(data[uri], uri, channel=source.channels[position].index, page=page)
+        return read_field(data[uri], uri, channel=source.channels[position].index, page=page)
     except FieldError as error:
         raise Rejected(error.reason, error.detail) from None
-    uri = entry.illumination[position] if entry.illumination else ""
-    return plane if not uri else _corrected(plane, uri)
 
 
 def _corrected(plane: np.ndarray, uri: str) -> np.ndarray:
+    if not uri:
+        return plane
     function = _illumination(uri)
     if isinstance(function, str):
         raise Rejected("illumination", f"{uri}: {function}")
@@ -186,25 +191,24 @@ def _wide_labels(data: bytes, uri: str) -> np.ndarray:
     return image
 
 
-def _rescaled(pixels: np.ndarray, labels: np.ndarray | None, pixel_size_um: float, target: float | None) -> Field:
-    """Channels by a triangle filter as wide as the coarser pixel, so that nothing aliases; labels by nearest."""
+def _rescaled(field: Field, target: float | None) -> Field:
+    """Channels by a triangle filter as wide as the coarser pixel, so that nothing aliases; the rest by nearest."""
     if target is None:
-        return Field(pixels, labels, 1.0, pixel_size_um)
-    if math.isnan(pixel_size_um):
+        return field
+    if math.isnan(field.pixel_size_um):
         raise Rejected("pixel size unknown", "target_um_px is set, and the catalogue does not say pixel_size_um")
-    factor = pixel_size_um / target
+    factor = field.pixel_size_um / target
     if math.isclose(factor, 1, rel_tol=1e-3):
-        return Field(pixels, labels, 1.0, pixel_size_um)
-    height, width = (max(1, round(side * factor)) for side in pixels.shape[1:])
+        return field
+    height, width = (max(1, round(side * factor)) for side in field.pixels.shape[1:])
     if not _FACTORS[0] <= factor <= _FACTORS[1] or height * width > PIXEL_LIMIT:
-        raise Rejected("absurd pixel size", f"{pixel_size_um:g} um/px to {target:g} makes {height} x {width} px")
+        raise Rejected("absurd pixel size", f"{field.pixel_size_um:g} um/px to {target:g} makes {height} x {width} px")
     from PIL import Image
 
     def resized(plane: np.ndarray, method: int) -> np.ndarray:
         return np.asarray(Image.fromarray(plane).resize((width, height), method))
 
-    scaled = [resized(plane.astype(np.float32), Image.Resampling.BILINEAR) for plane in pixels]
-    new = np.stack([np.rint(plane).astype(pixels.dtype) for plane in scaled])
-    if labels is not None:
-        labels = resized(labels, Image.Resampling.NEAREST)
-    return Field(new, labels, factor, target)
+    scaled = [resized(plane.astype(np.float32), Image.Resampling.BILINEAR) for plane in field.pixels]
+    pixels = np.stack([np.rint(plane).astype(field.pixels.dtype) for plane in scaled])
+    labels = None if field.labels is None else resized(field.labels, Image.Resampling.NEAREST)
+    return Field(pixels, labels, resized(field.white, Image.Resampling.NEAREST), factor, target)

@@ -42,8 +42,23 @@ class Quality(Config):
     """Largest share of the outline that lies against another object (`q_touching`)."""
 
 
+def white_pixels(image: np.ndarray) -> np.ndarray:
+    """Where an image as the camera gave it lies at the white level: (H, W) bool.
+
+    That level is the largest value of a camera of 8 to 16 bits, and only if the field's maximum is just that.
+    """
+    white = image.max()
+    if image.dtype.kind != "u" or white not in WHITE_LEVELS:
+        return np.zeros(image.shape, bool)
+    return image == white
+
+
 def check_objects(
-    labels: np.ndarray, image: np.ndarray, columns: dict[str, np.ndarray], settings: Quality
+    labels: np.ndarray,
+    image: np.ndarray,
+    columns: dict[str, np.ndarray],
+    settings: Quality,
+    white: np.ndarray | None = None,
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Measure the quality of every object and say why it should be left out, if so.
 
@@ -52,11 +67,12 @@ def check_objects(
         image: (H, W), what was segmented.
         columns: `segment.measure(labels, image)`.
         settings: the thresholds.
+        white: (H, W) bool, `white_pixels` of what the camera gave, where `image` has been corrected or rescaled since:
+            that moves saturated pixels off the white level.
 
     Returns:
         Columns of shape (n,), float32, in the order of `columns`:
-        `q_saturated`, 0..1, share of pixels at the white level (the largest value of a camera of 8 to 16 bits, if the
-        field's maximum is just that);
+        `q_saturated`, 0..1, share of pixels at the white level;
         `q_debris`, -inf..inf, max(0, log2 of the mean above background over the field's median) - log2 of the area over
         the field's median, the medians over objects off the border;
         `q_contrast`, -1..1, (a - b) / (a + b) for the means above the field's background of the object (a) and of the
@@ -79,19 +95,16 @@ def check_objects(
     background = float(np.median(image[labels == 0])) if (labels == 0).any() else float(image.min())
     above = columns["mean_intensity"] - background
     checks = _edges(labels, image, row, columns, background)
-    checks["q_saturated"] = _saturated(labels, image, row, columns["area_px"])
+    white = white_pixels(image) if white is None else white
+    checks["q_saturated"] = _share_of(labels, white, row, columns["area_px"])
     checks["q_debris"] = _debris(above, columns["area_px"], ~columns["touches_border"])
     checks["q_solidity"] = columns["solidity"]
     checks = {name: values.astype(np.float32) for name, values in checks.items()}
     return checks, _reasons(checks, columns["touches_border"], settings)
 
 
-def _saturated(labels: np.ndarray, image: np.ndarray, row: np.ndarray, area: np.ndarray) -> np.ndarray:
-    white = image.max()
-    if image.dtype.kind != "u" or white not in WHITE_LEVELS:
-        return np.zeros(len(area))
-    owner = labels[(image == white) & (labels > 0)]
-    return np.bincount(row[owner], minlength=len(area)) / area
+def _share_of(labels: np.ndarray, mask: np.ndarray, row: np.ndarray, area: np.ndarray) -> np.ndarray:
+    return np.bincount(row[labels[mask & (labels > 0)]], minlength=len(area)) / area
 
 
 def _debris(above: np.ndarray, area: np.ndarray, whole: np.ndarray) -> np.ndarray:

@@ -189,6 +189,30 @@ def test_the_gallerys_layout_with_illumination_functions(tmp_path):
         assert row["mean_intensity"] == pytest.approx(columns["mean_intensity"][nearest], rel=0.002)
 
 
+@pytest.mark.parametrize("keys", [{}, {"target_um_px": 0.4}])
+def test_saturation_is_what_the_camera_gave_whatever_is_corrected_since(tmp_path, keys):
+    """Every nucleus of the second field is drawn at 65,535; the illumination function moves that to other values."""
+    light, data = np.linspace(0.8, 1.2, 190, dtype=np.float32) * np.ones((150, 1), np.float32), io.BytesIO()
+    np.save(data, light)
+    storage.write_bytes(str(tmp_path / "illum.npy"), data.getvalue())
+    for seed in range(2):
+        one = draw(seed)
+        image = np.where(one.labels > 0, 65535, one.image) if seed else one.image
+        storage.write_bytes(str(tmp_path / f"{seed}.tif"), tiff(image.astype(np.uint16)))
+    table = "field_uri,site,light,pixel_size_um\n0.tif,0,illum.npy,0.5\n1.tif,1,illum.npy,0.5\n"
+    storage.write_bytes(str(tmp_path / "fields.csv"), table.encode())
+    source = {"uri": str(tmp_path / "fields.csv"), "layout": "table", "names": None,
+              "channels": [{"illumination": "light"}]}  # fmt: skip
+    results, _ = build("", str(tmp_path / "out"), source=source, quality={"enabled": True, "max_debris": None},
+                       area=ALL, max_rejected_share=1, **keys)  # fmt: skip
+    assert results["objects_rejected"]["saturated"] == WHOLE
+    names = storage.listing(str(tmp_path / "out/objects"))
+    found = [row for name in names for row in pq.read_table(name).to_pylist()]
+    shares = {site: [row["q_saturated"] for row in found if row["site"] == site] for site in ("0", "1")}
+    assert set(shares["0"]) == {0.0}
+    assert min(shares["1"]) > (0.99 if not keys else 0.8)
+
+
 def crop_bytes(image: np.ndarray, kind: str) -> bytes:
     out = io.BytesIO()
     Image.fromarray(image).save(out, kind)
