@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-DEAL, GROUPS, ROWS = range(3)
+DEAL, GROUPS, ROWS, RECUR, PHASE = range(5)
 _WORD = (1 << 64) - 1
 
 
@@ -20,12 +20,17 @@ def permutation(size: int, seed: int, purpose: int, where: tuple[int, int, int])
     """
     if size < 2:
         return np.arange(size)
+    drawn = words(size, seed, purpose, where)
+    # The low bits become the index itself: all words differ, so that every sorting algorithm gives the same order.
+    width = np.uint64((size - 1).bit_length())
+    drawn = (drawn >> width << width) | np.arange(size, dtype=np.uint64)
+    drawn.sort()
+    return (drawn & ((np.uint64(1) << width) - np.uint64(1))).astype(np.int64)
+
+
+def words(size: int, seed: int, purpose: int, where: tuple[int, int, int]) -> np.ndarray:
+    """Uniform words: uint64 (size,). Arguments as those of `permutation`."""
     # numpy checks that the key and counter arrays are uint64; Python integers above 2**63 would become floats.
     key = np.array([seed & _WORD, purpose], dtype=np.uint64)
     counter = np.array([0, *where], dtype=np.uint64)
-    words = np.random.Philox(key=key, counter=counter).random_raw(size)
-    # The low bits become the index itself: all words differ, so that every sorting algorithm gives the same order.
-    width = np.uint64((size - 1).bit_length())
-    words = (words >> width << width) | np.arange(size, dtype=np.uint64)
-    words.sort()
-    return (words & ((np.uint64(1) << width) - np.uint64(1))).astype(np.int64)
+    return np.random.Philox(key=key, counter=counter).random_raw(size)

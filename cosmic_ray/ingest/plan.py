@@ -2,28 +2,33 @@
 
 A row group belongs to one lane. Of every global batch each lane gives its share, and a rank owns whole lanes, so no
 rank reads what another uses, and the batch does not depend on how many ranks there are. In each epoch a lane draws
-its row groups in a keyed order, window after window, and permutes the rows inside a window. Every step of every epoch
-is found without the steps before it.
+its row groups in a keyed order, window after window, and permutes the rows inside a window (`orders`); what each lane
+has given by any step follows from its share (`eras`). Every step of every epoch is found without the steps before it.
+An epoch holds every selected row exactly once; or, with a mixing, as often as `mixing` says.
 
-With N selected rows, of which lane l holds n_l, and C_l = n_0 + .. + n_(l-1), the first x positions of an epoch draw
-R_l(x) = floor(C_(l+1) x / N) - floor(C_l x / N) rows from lane l. These sum to x, stay within one row of the share
-x n_l / N, and reach n_l at x = N: every epoch holds every selected row exactly once.
+**Exclusions.** Row groups that cannot be read leave the plan at a global batch k. All batches before k stay as they
+were. The epoch that k lies in goes on in its order without the excluded rows: with its batches before k it still holds
+every other row exactly once (as often as before, with a mixing), none twice and none left out; excluded rows that were
+drawn before k count as drawn. It is shorter by those that were not, and until it ends the lanes' shares are those of
+what is left. Later epochs are made of the rows that remain, in the lanes they always had; with a mixing they have
+their full length and exact shares again. Exclusions add up, in the order of their steps.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from functools import cached_property, lru_cache
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 from cosmic_ray.errors import JobError
+from cosmic_ray.ingest.eras import Era
 from cosmic_ray.ingest.lanes import LANES, deal, fit_lanes, lane_rows, require_batch
-from cosmic_ray.ingest.permutation import GROUPS, ROWS, permutation
+from cosmic_ray.ingest.orders import Orders
 from cosmic_ray.ingest.selection import Selection
 
 VERSION = 1
@@ -47,11 +52,16 @@ class PlanSpec:
     remainder: Remainder = "carry"
     """What an epoch leaves over of its last global batch goes on into the next epoch, or is dropped."""
     version: int = VERSION
+    mixing: str = ""
+    """Digest of the mixing; empty without one."""
+    exclusions: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    """(global batch, row groups that leave the plan from it on), in ascending order of the batches."""
 
     @cached_property
     def digest(self) -> str:
-        """Hex SHA-256 of the canonical JSON."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        """Hex SHA-256 of the canonical JSON, without a mixing and exclusions that there are not."""
+        fields = {key: value for key, value in asdict(self).items() if value not in ("", ())}
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 class Samples(NamedTuple):
@@ -90,15 +100,6 @@ class WindowRead(NamedTuple):
     last_step: int
 
 
-class _Order(NamedTuple):
-    """A lane's epoch: `groups` int32 in drawn order; window w holds groups[cuts[w]:cuts[w+1]] and the lane's draws
-    starts[w] .. starts[w+1]-1."""
-
-    groups: np.ndarray
-    cuts: np.ndarray
-    starts: np.ndarray
-
-
 class Plan:
     """The samples of every global batch of a run without end, epoch after epoch."""
 
@@ -108,12 +109,13 @@ class Plan:
         self._check()
         self._lanes = deal(selection.counts, spec.lanes, spec.seed)
         sizes = lane_rows(self._lanes, selection.counts)
-        if min(sizes) * spec.global_batch < self.total_rows:
+        if min(sizes) * spec.global_batch < sum(sizes):
             remedy = f"lanes={fit_lanes(selection.counts, spec.global_batch, spec.seed, spec.lanes)} works"
             raise JobError("lanes", spec.lanes, "a lane has less than one row for every global batch", remedy)
-        self._bounds = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
-        self._order = lru_cache(maxsize=2 * spec.lanes)(self._make_order)
-        self._window_rows = lru_cache(maxsize=3 * spec.lanes)(self._make_window_rows)
+        self._eras = [Era(selection, self._lanes, spec.global_batch, spec.remainder == "drop")]
+        for step, groups in spec.exclusions:
+            self._eras.append(self._next_era(step, groups))
+        self._orders = Orders(self._lanes, spec.window, spec.seed, self._eras)
 
     @classmethod
     def fitted(
@@ -132,7 +134,17 @@ class Plan:
         Raises JobError as `fit_lanes` and `Plan` do.
         """
         fit = fit_lanes(selection.counts, global_batch, seed, lanes)
-        return cls(PlanSpec(store_hash, selection.digest, fit, window, global_batch, seed, remainder), selection)
+        spec = PlanSpec(store_hash, selection.digest, fit, window, global_batch, seed, remainder)
+        return cls(replace(spec, mixing=selection.mixing), selection)
+
+    def excluding(self, groups: Iterable[int], at_step: int) -> Plan:
+        """This plan without these row groups from global batch `at_step` on; see the module's text.
+
+        Raises:
+            JobError: where too few rows are left, or the plan has an exclusion at a later step.
+        """
+        exclusion = (at_step, tuple(sorted(set(groups))))
+        return Plan(replace(self.spec, exclusions=(*self.spec.exclusions, exclusion)), self.selection)
 
     def __reduce__(self) -> tuple:
         return Plan, (self.spec, self.selection)
@@ -145,11 +157,16 @@ class Plan:
             )
         if spec.selection_digest != self.selection.digest:
             raise JobError("plan", spec.selection_digest[:16], f"the rows selected are {self.selection.digest[:16]}")
+        if spec.mixing != self.selection.mixing:
+            raise JobError("mixing", spec.mixing[:16], f"the mixing of the rows is {self.selection.mixing[:16]!r}")
         if spec.window < 1:
             raise JobError("window", spec.window, "at least one row group is needed")
         if spec.remainder not in ("carry", "drop"):
             raise JobError("remainder", spec.remainder, "neither 'carry' nor 'drop'")
         require_batch(counts, spec.global_batch)
+        if self.selection.total < spec.global_batch:
+            problem = f"less than a global batch of {spec.global_batch}"
+            raise JobError("mixing.epoch", self.selection.total, problem, "choose a longer one")
         held = int(np.count_nonzero(counts))
         if not 1 <= spec.lanes <= held:
             remedy = f"choose 1 to {held}"
@@ -160,22 +177,32 @@ class Plan:
         """Hex digest of the spec: equal digests, equal samples."""
         return self.spec.digest
 
-    @cached_property
+    @property
     def total_rows(self) -> int:
-        """Selected rows: the samples of an epoch."""
-        return int(self.selection.counts.sum())
+        """Selected rows, exclusions apart."""
+        return self.selection.selected
+
+    @property
+    def epoch_samples(self) -> int:
+        """Samples of an epoch, exclusions apart: the selected rows, or the length that the mixing gives."""
+        return self.selection.total
 
     @property
     def steps_per_epoch(self) -> int:
-        """Global batches after which an epoch has ended: of `drop`, exactly; of `carry`, rounded up."""
-        full, rest = divmod(self.total_rows, self.spec.global_batch)
+        """Global batches after which epoch 0 has ended: of `drop`, exactly; of `carry`, rounded up. No exclusion
+        changes this.
+        """
+        full, rest = divmod(self.epoch_samples, self.spec.global_batch)
         return full + (1 if rest and self.spec.remainder == "carry" else 0)
 
     def steps(self, epochs: float) -> int:
-        """Global batches in a run of so many epochs; under `carry` the last one may reach into the next epoch."""
+        """Global batches in a run of so many epochs; under `carry` the last one may reach into the next epoch.
+
+        A run keeps its length when row groups are excluded: what is left is then seen a little more often.
+        """
         if self.spec.remainder == "drop":
             return round(epochs * self.steps_per_epoch)
-        return -(-round(epochs * self.total_rows) // self.spec.global_batch)
+        return -(-round(epochs * self.epoch_samples) // self.spec.global_batch)
 
     def lanes_of(self, rank: int, world: int) -> range:
         """The lanes of one rank: contiguous and whole, so ranks differ by at most one lane.
@@ -219,10 +246,10 @@ class Plan:
         for lane in lanes:
             for epoch, low, high in parts:
                 start, stop = int(low[lane]), int(high[lane])
-                starts = self._order(lane, epoch).starts
+                order = self._orders.order(lane, epoch)
                 while start < stop:
-                    window = int(np.searchsorted(starts, start, side="right")) - 1
-                    first, end = int(starts[window]), min(stop, int(starts[window + 1]))
+                    window = order.window_of(start)
+                    first, end = int(order.starts[window]), min(stop, int(order.starts[window + 1]))
                     pieces.append(Piece(lane, epoch, window, start - first, end - first))
                     start = end
         return pieces
@@ -240,12 +267,11 @@ class Plan:
 
     def window_groups(self, lane: int, epoch: int, window: int) -> tuple[int, ...]:
         """The row groups of a window."""
-        order = self._order(lane, epoch)
-        return tuple(order.groups[order.cuts[window] : order.cuts[window + 1]].tolist())
+        return tuple(self._orders.order(lane, epoch).window_groups(window).tolist())
 
     def window_rows(self, lane: int, epoch: int, window: int) -> np.ndarray:
         """The rows of a window in drawn order: int32 (2, n), row group and row in it. Do not write to it."""
-        return self._window_rows(lane, epoch, window)
+        return self._orders.rows(lane, epoch, window)
 
     def open_rows(self, lanes: range) -> int:
         """The most rows in windows that `lanes` hold open in one step of the first two epochs."""
@@ -258,76 +284,66 @@ class Plan:
 
     def largest_slice(self, lanes: range) -> int:
         """`lanes` give no global batch more rows than this."""
-        rows = int(self._bounds[lanes.stop] - self._bounds[lanes.start])
-        return min(-(-rows * self.spec.global_batch // self.total_rows) + 2, self.spec.global_batch)
+        return max(era.largest_slice(lanes) for era in self._eras)
 
     def largest_window(self, lanes: range) -> int:
         """No window of `lanes` has more rows than this in any epoch."""
-        counts = [np.sort(self.selection.counts[self._lanes[lane]]) for lane in lanes]
+        counts = [np.sort(era.selection.counts[self._lanes[lane]]) for era in self._eras for lane in lanes]
         return max(int(rows[-self.spec.window :].sum()) for rows in counts)
 
     def _parts(self, k: int) -> list[tuple[int, np.ndarray, np.ndarray]]:
         """(epoch, first draw, end of draws) of each lane: int64 (lanes,), for the one or two epochs of batch `k`."""
-        size, total = self.spec.global_batch, self.total_rows
-        if self.spec.remainder == "drop":
-            epoch, index = divmod(k, self.steps_per_epoch)
-            spans = [(epoch, index * size, (index + 1) * size)]
-        else:
-            epoch, start = divmod(k * size, total)
-            spans = [(epoch, start, min(start + size, total))]
-            if start + size > total:
-                spans.append((epoch + 1, 0, start + size - total))
-        return [(epoch, self._drawn(np.int64(a)), self._drawn(np.int64(b))) for epoch, a, b in spans]
+        era = next(era for era in reversed(self._eras) if era.first_step <= k)
+        return era.parts(k)
 
-    def _drawn(self, positions: np.ndarray | np.int64) -> np.ndarray:
-        """R_l(x): the rows drawn from each lane by the first x positions of an epoch; int64 (..., lanes)."""
-        return np.diff(np.multiply.outer(positions, self._bounds) // self.total_rows)
-
-    def _make_order(self, lane: int, epoch: int) -> _Order:
-        groups = self._lanes[lane]
-        groups = groups[permutation(len(groups), self.spec.seed, GROUPS, (0, lane, epoch))]
-        # The first windows differ in size, so that the lanes do not all ask for their next window at the same step.
-        window, end = self.spec.window, len(groups)
-        cuts = np.concatenate([[0], np.arange(1 + lane % window, end, window), [end]])
-        drawn = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.selection.counts[groups])])
-        return _Order(groups, cuts, drawn[cuts])
-
-    def _make_window_rows(self, lane: int, epoch: int, window: int) -> np.ndarray:
-        groups = self.window_groups(lane, epoch, window)
-        rows = [self.selection.rows(group, epoch) for group in groups]
-        both = np.array([np.repeat(groups, [len(part) for part in rows]), np.concatenate(rows)], dtype=np.int32)
-        return both[:, permutation(both.shape[1], self.spec.seed, ROWS, (window, lane, epoch))]
+    def _next_era(self, first_step: int, excluded: tuple[int, ...]) -> Era:
+        if first_step < self._eras[-1].first_step:
+            problem = f"the plan has an exclusion at step {self._eras[-1].first_step}"
+            raise JobError("exclusions", first_step, problem, "exclude in the order of the steps")
+        selection = self._eras[-1].selection.without(excluded)
+        require_batch(selection.counts, self.spec.global_batch)
+        epoch, drawn, _ = self._parts(first_step)[0]
+        drop = self.spec.remainder == "drop"
+        era = Era(selection, self._lanes, self.spec.global_batch, drop, first_step, epoch, drawn, excluded)
+        if not era.fresh:
+            orders = Orders(self._lanes, self.spec.window, self.spec.seed, [*self._eras, era])
+            rows = [int(orders.order(lane, epoch).starts[-1]) for lane in range(self.spec.lanes)]
+            era.set_rest((np.array(rows) - drawn).tolist())
+        return era
 
     def _epoch_reads(self, lanes: range, epoch: int, first_step: int, last_step: int) -> list[WindowRead]:
-        end = self._epoch_end(epoch)
+        end = [era for era in self._eras if era.epoch <= epoch][-1].end(epoch)
         found = []
         for lane in lanes:
-            starts = self._order(lane, epoch).starts
+            starts = self._orders.order(lane, epoch).starts
             first, last = self._steps_of(lane, epoch, starts[:-1]), self._steps_of(lane, epoch, starts[1:] - 1)
-            needed = np.flatnonzero((last >= first_step) & (first < min(last_step, end)))
-            found += [(int(first[w]), lane, int(w), min(int(last[w]), end - 1)) for w in needed]
+            needed = (last >= first_step) & (first < min(last_step, end)) & (np.diff(starts) > 0)
+            found += [(int(first[w]), lane, int(w), min(int(last[w]), end - 1)) for w in np.flatnonzero(needed)]
         return [
-            WindowRead(lane, epoch, window, self.window_groups(lane, epoch, window), max(first, first_step), last)
+            WindowRead(
+                lane, epoch, window, self._groups_left(lane, epoch, window, first_step), max(first, first_step), last
+            )
             for first, lane, window, last in sorted(found)
         ]
 
-    def _epoch_end(self, epoch: int) -> int:
-        """The global batch after the last one that draws from `epoch`."""
-        if self.spec.remainder == "drop":
-            return (epoch + 1) * self.steps_per_epoch
-        return -(-(epoch + 1) * self.total_rows // self.spec.global_batch)
+    def _groups_left(self, lane: int, epoch: int, window: int, first_step: int) -> tuple[int, ...]:
+        """The row groups of a window that are drawn from at `first_step` or later."""
+        order = self._orders.order(lane, epoch)
+        groups = order.window_groups(window)
+        if order.exclusions:
+            rows = self.window_rows(lane, epoch, window)
+            steps = self._steps_of(lane, epoch, np.arange(order.starts[window], order.starts[window + 1]))
+            groups = groups[np.isin(groups, rows[0, steps >= first_step])]
+        return tuple(groups.tolist())
 
     def _steps_of(self, lane: int, epoch: int, draws: np.ndarray) -> np.ndarray:
         """The global batch that takes each of a lane's draws of an epoch, int64.
 
         Under `drop`, draws that are left over get the epoch's last global batch plus one.
         """
-        total, size = self.total_rows, self.spec.global_batch
-        rows = int(self._bounds[lane + 1] - self._bounds[lane])
-        base = epoch * (self.steps_per_epoch * size if self.spec.remainder == "drop" else total)
-        # Draw s lies beyond position s total / rows and not beyond (s + 1) total / rows: at most two batches on.
-        steps = (base + draws * total // rows) // size
-        for _ in range(2):
-            ends = np.minimum((steps + 1) * size - base, total)
-            steps = steps + (self._drawn(ends)[:, lane] <= draws)
+        base, cutting = self._orders.lineage(epoch)
+        steps = base.steps_of(lane, epoch, draws)
+        for era in cutting:
+            later = draws >= era.drawn[lane]
+            steps[later] = era.steps_of(lane, epoch, draws[later])
         return steps

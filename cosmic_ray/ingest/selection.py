@@ -16,11 +16,15 @@ if TYPE_CHECKING:
 
 
 class Selection:
-    """The rows that each row group contributes to an epoch.
+    """The rows that each row group contributes to an epoch: each selected row once; `mixing.Mixed` has it otherwise.
 
-    `sizes`: int64 (G,), rows stored in each row group. `counts`: int64 (G,), rows that each contributes, the same in
-    every epoch. `digest`: hex, of the sizes and the rows selected, so that equal digests mean equal plans. Immutable.
+    `sizes`: int64 (G,), rows stored in each row group. `counts`: int64 (G,), the most rows that each contributes to any
+    epoch; here, exactly those of every epoch. `selected`: rows selected. `total`: rows of an epoch. `digest`: hex, of
+    the sizes and the rows selected, so that equal digests mean equal plans. `mixing`: hex digest of the mixing, empty
+    without. Immutable.
     """
+
+    mixing = ""
 
     def __init__(self, rows_per_group: np.ndarray, mask: np.ndarray | None = None):
         """`rows_per_group`: int (G,). `mask`: bool (N,) in store row order, or None for all rows.
@@ -42,6 +46,7 @@ class Selection:
         if self._bits is not None:
             digest.update(b"selected" + self._bits.tobytes())
         self.digest = digest.hexdigest()
+        self.selected = self.total = int(self.counts.sum())
 
     @classmethod
     def all(cls, store: CropStore) -> Selection:
@@ -73,28 +78,39 @@ class Selection:
             raise JobError(
                 "where", int(mask.sum()), "no selected crop meets the conditions", "look at the split as well"
             )
-        return Selection(self.sizes, both)
+        return self._with(both)
 
     def without(self, groups: Iterable[int]) -> Selection:
         """This selection less whole row groups: those of a shard that cannot be read."""
         mask = self.mask()
         for group in groups:
             mask[self._starts[group] : self._starts[group + 1]] = False
-        return Selection(self.sizes, mask)
+        return self._with(mask)
 
     def mask(self) -> np.ndarray:
         """Bool (N,): whether each row of the store is selected."""
         rows = int(self._starts[-1])
         return np.ones(rows, np.bool_) if self._bits is None else np.unpackbits(self._bits, count=rows).view(np.bool_)
 
+    def counts_in(self, epoch: int) -> np.ndarray:
+        """Int64 (G,): how many rows each row group contributes to `epoch`. They sum to `total` in every epoch."""
+        return self.counts
+
     def rows(self, group: int, epoch: int = 0) -> np.ndarray:
-        """Int64 (counts[group],): the rows that row group `group` contributes to `epoch`; here, the same to each.
+        """Int64 (counts_in(epoch)[group],): the rows that row group `group` contributes to `epoch`; here, the same to
+        each.
 
         The one place that decides what a row group gives to an epoch.
         """
+        return self._selected(group)
+
+    def _selected(self, group: int) -> np.ndarray:
         start, stop = int(self._starts[group]), int(self._starts[group + 1])
         if self._bits is None:
             return np.arange(stop - start)
         first = start // 8
         bits = np.unpackbits(self._bits[first : (stop + 7) // 8])[start - 8 * first : stop - 8 * first]
         return np.flatnonzero(bits)
+
+    def _with(self, mask: np.ndarray) -> Selection:
+        return Selection(self.sizes, mask)

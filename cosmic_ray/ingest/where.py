@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +22,11 @@ class Between(Config):
     max: float | None = None
     """Highest value; null for no limit."""
 
+
+MOST_VALUES = 254
+"""A column that `column_codes` reads has at most so many."""
+
+_THREADS, _AT_ONCE = 16, 256
 
 Condition = list[str] | list[float] | Between
 Where = dict[str, Condition]
@@ -42,6 +48,37 @@ def matching(store: CropStore, where: Where) -> np.ndarray:
         chosen = _between if isinstance(condition, Between) else _among
         mask &= chosen(column, values, condition)
     return mask
+
+
+def column_codes(store: CropStore, column: str, key: str) -> tuple[list[str], np.ndarray]:
+    """The values of a column of text, sorted, and uint8 (N,): the number of each row's among them. Reads no image, and
+    holds no more than a few row groups of text in memory.
+
+    Raises:
+        JobError: at `key`, for a column that the store lacks, that is no text, or that has more than `MOST_VALUES`.
+    """
+    require_column(store, column, key)
+    numbers: dict[str, int] = {}
+    codes = np.empty(len(store), np.uint8)
+
+    def read(group: int) -> pa.DictionaryArray:
+        return pc.dictionary_encode(store.read_row_group(group, [column])[column].combine_chunks())
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for first in range(0, len(store.row_groups), _AT_ONCE):
+            groups = range(first, min(first + _AT_ONCE, len(store.row_groups)))
+            for group, encoded in zip(groups, pool.map(read, groups), strict=True):
+                if not pa.types.is_string(encoded.dictionary.type):
+                    raise JobError(key, column, f"a column of {encoded.dictionary.type}", "choose one of text")
+                found = [numbers.setdefault(value, len(numbers)) for value in encoded.dictionary.to_pylist()]
+                if len(numbers) > MOST_VALUES:
+                    raise JobError(key, column, f"it has more than {MOST_VALUES} values", "choose a coarser column")
+                start, stop = store.group_starts[group : group + 2]
+                codes[start:stop] = np.array(found, np.uint8)[encoded.indices.to_numpy()]
+    names = sorted(numbers)
+    order = np.empty(len(names), np.uint8)
+    order[[numbers[name] for name in names]] = np.arange(len(names))
+    return names, order[codes]
 
 
 def require_column(store: CropStore, column: str, key: str) -> None:

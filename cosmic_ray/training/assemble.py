@@ -12,6 +12,7 @@ from cosmic_ray.errors import JobError, NotFoundError
 from cosmic_ray.training import beginning, checkpoint
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
     from cosmic_ray.ingest.plan import Plan
@@ -33,6 +34,8 @@ class Inputs:
     store: CropStore
     split: Split
     plan: Plan
+    held_out: np.ndarray
+    """Rows of the split's `val` that the job's filter leaves: int64, ascending."""
     steps: int
     model: MAEConfig
 
@@ -44,26 +47,39 @@ def inputs(job: PretrainMAE) -> Inputs:
         JobError: where an input is missing or does not fit the job.
         DataError: where an input is damaged.
     """
-    from cosmic_ray.ingest.plan import Plan
-    from cosmic_ray.ingest.selection import Selection
+    store, split = opened(job)
+    model = mae_config(job, store)
+    plan, held_out = planned(job, store, split)
+    return Inputs(store, split, plan, held_out, job.steps or plan.steps(job.epochs), model)
+
+
+def opened(job: PretrainMAE) -> tuple[CropStore, Split]:
+    """The job's store and its split. Raises as `inputs`."""
     from cosmic_ray.stores.crops import CropStore
     from cosmic_ray.stores.split import Split
 
     store = _opened("crops", job.crops, lambda: CropStore.open(job.crops), "build-crops")
-    split = _opened("split", job.split, lambda: Split.open(job.split, store), "split")
-    model = mae_config(job, store)
-    selection = Selection.of(store, split, "train")
+    return store, _opened("split", job.split, lambda: Split.open(job.split, store), "split")
+
+
+def planned(job: PretrainMAE, store: CropStore, split: Split) -> tuple[Plan, np.ndarray]:
+    """The plan of the training crops, without exclusions, and the rows that are held out. Raises as `inputs`."""
+    from cosmic_ray.ingest.mixing import mixed
+    from cosmic_ray.ingest.plan import Plan
+    from cosmic_ray.ingest.selection import Selection
+    from cosmic_ray.ingest.where import matching
+
+    selection, held_out = Selection.of(store, split, "train"), split.rows("val")
+    if job.where:
+        kept, all_held_out = matching(store, job.where), held_out
+        selection, held_out = selection.narrowed(kept), held_out[kept[held_out]]
+        if len(all_held_out) and not len(held_out):
+            raise JobError("where", job.where, "no held-out crop meets the conditions", "widen them")
+    if job.mixing:
+        selection = mixed(store, selection, job.mixing, job.seed)
     order = job.data
-    plan = Plan.fitted(
-        store.content_hash,
-        selection,
-        job.global_batch,
-        job.seed,
-        lanes=order.lanes,
-        window=order.window,
-        remainder=order.remainder,
-    )
-    return Inputs(store, split, plan, job.steps or plan.steps(job.epochs), model)
+    options = {"lanes": order.lanes, "window": order.window, "remainder": order.remainder}
+    return Plan.fitted(store.content_hash, selection, job.global_batch, job.seed, **options), held_out
 
 
 def check(job: PretrainMAE) -> None:
@@ -170,7 +186,7 @@ def make_loop(
     beat()
     # The reader's CPUs are part of the worker's bundle: asked for apart, they might be left on other nodes only.
     stream = stream or partial(batches, read_cpus=0)
-    held_out = found.split.rows("val")[: job.eval.crops]
+    held_out = found.held_out[: job.eval.crops]
     data = CropData(found.store, found.plan, held_out, stream, rank, world, job.micro_batch)
     settings = LoopSettings(
         steps=found.steps,

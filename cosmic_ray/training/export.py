@@ -74,9 +74,9 @@ def picture(model: MaskedAutoencoder, found: Inputs, seed: int) -> bytes:
     import numpy as np
     from PIL import Image
 
-    rows = found.split.rows("val")[:SHOWN]
+    rows = found.held_out[:SHOWN]
     if not len(rows):
-        rows = found.split.rows("train")[:SHOWN]
+        rows = np.flatnonzero(found.plan.selection.mask())[:SHOWN]
     seen, masked, made = _reconstructed(model, found.store.crops(rows), seed)
     grid = np.concatenate([np.concatenate(list(line), axis=1) for line in (seen, masked, made)], axis=0)
     buffer = io.BytesIO()

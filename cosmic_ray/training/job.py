@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from cosmic_ray.config import Config, Job
+from cosmic_ray.ingest.mixing import Mixing
+from cosmic_ray.ingest.where import Where
 from cosmic_ray.training.settings import Checkpointing, DataOrder, Evaluation, Optim, Scaling, Schedule, Tracking
 
 if TYPE_CHECKING:
@@ -76,6 +78,13 @@ class PretrainMAE(Job):
 
     split: str
     """URI of its split."""
+
+    where: Where = {}
+    """Only crops that meet every condition, to train on and to hold out: for a column the values wanted, as
+    {cell_line: [U2OS, HeLa]}, or their range, as {area_px: {min: 500}}."""
+
+    mixing: Mixing | None = None
+    """Which share of an epoch each source, cell line ... has; null takes each training crop once an epoch."""
 
     recipe: Literal["better", "paper"] = "better"
     """`paper` does App. A to the letter: loss, masks and channels, and `optim`, `schedule`, `ema` where this job does
