@@ -58,10 +58,12 @@ def run(
         return
     from cosmic_ray.cluster import disconnect
     from cosmic_ray.pipeline import check
+    from cosmic_ray.reach import require_lasting_tracking
 
     # A cluster that takes its node back sends SIGTERM: it must save and stop just as Ctrl-C does.
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
+        require_lasting_tracking(job)
         check(job)
         results = job.run()
     except KeyboardInterrupt:
@@ -81,8 +83,7 @@ def submit(
     """Run a job on a Ray cluster; follow its log and end with its exit code."""
     from cosmic_ray import submit as cluster
 
-    job = jobs.load(file, overrides or [])
-    _require_reachable(job)
+    job = _for_a_cluster(file, overrides or [])
     submission = cluster.submit(job, address)
     say(f"submitted {submission}; cosmic-ray status {submission} --address {address}")
     if detach:
@@ -91,7 +92,8 @@ def submit(
     try:
         sys.exit(cluster.follow(address, submission))
     except KeyboardInterrupt:
-        say(f"{submission} goes on without this terminal; stop it: cosmic-ray status {submission} --stop")
+        known = f"cosmic-ray status {submission} --address {address}"
+        say(f"{submission} goes on without this terminal; follow it: {known} --follow; save and stop: {known} --stop")
         sys.exit(130)
 
 
@@ -135,10 +137,12 @@ def render(
     """Print a job as a KubeRay RayJob, for kubectl apply -f -."""
     from importlib.metadata import version
 
+    from cosmic_ray.reach import TRACKING, untold_tracking
     from cosmic_ray.render import Pods, render
 
-    job = jobs.load(file, overrides or [])
-    _require_reachable(job)
+    job = _for_a_cluster(file, overrides or [])
+    if key := untold_tracking(job):
+        say(f"{key} is not given: {TRACKING} in the pods' environment has to say where MLflow is")
     pods = Pods(
         image=image,
         ray_version=version("ray"),
@@ -262,13 +266,17 @@ def bench(
     sys.exit(subprocess.call([sys.executable, str(folder / f"{name}.py"), *context.args], env=os.environ))
 
 
-def _require_reachable(job: Job) -> None:
-    """Relative paths mean the cluster's own file system: refuse them where they would surely not be meant."""
-    from cosmic_ray import storage
+def _for_a_cluster(file: str, overrides: list[str]) -> Job:
+    """A job that may go to another machine.
 
-    if storage.is_local(job.out) and not job.out.startswith("/"):
-        remedy = "give a URI, or an absolute path of a file system that all nodes share"
-        raise JobError("out", job.out, "a relative path means nothing on another machine", remedy)
+    Raises:
+        JobError: for what would mean another thing there.
+    """
+    from cosmic_ray.reach import require_reachable
+
+    job = jobs.load(file, overrides)
+    require_reachable(job)
+    return job
 
 
 def _print(result: dict[str, Any], as_json: bool) -> None:

@@ -8,12 +8,21 @@ import json
 import re
 import types
 import typing
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cosmic_ray.errors import ABSENT, JobError, JobErrors
+
+
+class UriMark:
+    """Marks a type as `Uri`."""
+
+
+Uri = Annotated[str, UriMark()]
+"""Text that names a place: a path, `file://`, `s3://`, `models:/`, or a tracking server."""
 
 
 class Config(BaseModel):
@@ -27,7 +36,7 @@ class Job(Config):
 
     kind: ClassVar[str]
 
-    out: str
+    out: Uri
     """Where the results go: a folder or `s3://bucket/prefix`. The same job run again resumes, or finds it done."""
 
     def check(self) -> None:
@@ -40,6 +49,14 @@ class Job(Config):
     def run(self) -> dict[str, Any]:
         """Do the work and return its results, JSON-serialisable, for `--json`."""
         raise TypeError(f"{type(self).__name__} does not say how it runs")
+
+    def nested(self) -> Mapping[str, Job]:
+        """The jobs inside this one, by the key where each stands."""
+        return {}
+
+    def untold_tracking(self) -> str | None:
+        """The key that would say where MLflow is, where this job needs it and leaves that to the environment."""
+        return None
 
     def resolved(self) -> dict[str, Any]:
         """Every key with its value, defaults included; `kind` first."""

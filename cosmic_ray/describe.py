@@ -11,7 +11,7 @@ import yaml
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined, to_jsonable_python
 
-from cosmic_ray.config import Config, Job
+from cosmic_ray.config import Config, Job, UriMark
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,12 @@ def keys(model: type[Config], prefix: str = "") -> list[Key]:
     for name, field in model.model_fields.items():
         path = f"{prefix}{name}"
         found.append(
-            Key(path, type_name(field.annotation), _default(field), " ".join((field.description or "").split()))
+            Key(
+                path,
+                type_name(field.rebuild_annotation()),
+                _default(field),
+                " ".join((field.description or "").split()),
+            )
         )
         for inside, nested in _configs(field.annotation):
             found += keys(nested, f"{path}{inside}.")
@@ -53,7 +58,7 @@ def type_name(annotation: Any) -> str:
     if origin is typing.Literal:
         return " | ".join(map(str, arguments))
     if origin is typing.Annotated:
-        return type_name(arguments[0])
+        return "URI" if any(isinstance(mark, UriMark) for mark in arguments[1:]) else type_name(arguments[0])
     if origin in (list, tuple):
         inner = ", ".join(type_name(argument) for argument in arguments if argument is not Ellipsis)
         return f"list of {inner}"

@@ -60,6 +60,10 @@ class Pipeline(Job):
             results[name] = {**job.run(), "seconds": round(time.monotonic() - started, 2)}
         return results
 
+    def nested(self) -> dict[str, Job]:
+        """`steps.NAME` -> its job."""
+        return {f"steps.{name}": job for name, job in self._jobs.items()}
+
     def resolved(self) -> dict[str, Any]:
         """The pipeline with every step resolved."""
         return {"kind": self.kind, "out": self.out, "steps": {name: job.resolved() for name, job in self._jobs.items()}}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shlex
 import sys
 import tempfile
@@ -15,6 +16,8 @@ import yaml
 from cosmic_ray.config import Job
 from cosmic_ray.errors import CosmicError, JobError
 from cosmic_ray.progress import say
+from cosmic_ray.reach import TRACKING, relative, untold_tracking
+from cosmic_ray.registry.scrub import scrub_text
 
 JOB_FILE = "job.yaml"
 _AGENT_WAIT_S = 120
@@ -31,16 +34,20 @@ def entrypoint(path: str = JOB_FILE) -> str:
 def submit(job: Job, address: str) -> str:
     """Send the resolved job to the cluster at `address` and return the submission id at once.
 
-    Only the job file travels: the cluster's nodes hold `cosmic_ray` themselves (see `cluster/`), and data has URIs.
+    The job file and MLFLOW_TRACKING_URI travel, nothing else: the cluster's nodes hold `cosmic_ray` themselves (see
+    `cluster/`), and data has URIs.
 
     Raises:
         JobError: where no cluster answers at `address`.
     """
+    environment = _environment()
+    if TRACKING not in environment and (key := untold_tracking(job)):
+        say(f"{key} is not given: {TRACKING} in the nodes' environment has to say where MLflow is")
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, JOB_FILE).write_text(yaml.safe_dump(job.resolved(), sort_keys=False))
         wanted = {
             "entrypoint": entrypoint(),
-            "runtime_env": {"working_dir": folder, "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_WAIT_S)}},
+            "runtime_env": {"working_dir": folder, "env_vars": environment},
             "metadata": {"kind": job.kind, "out": job.out},
         }
         return _submitted(_client(address), wanted, address)
@@ -91,6 +98,23 @@ def status(address: str, submission: str | None = None) -> list[dict[str, Any]]:
 def stop(address: str, submission: str) -> None:
     """Ask a running submission to stop; it gets a SIGTERM, on which a training job saves before it ends."""
     _client(address).stop_job(submission)
+
+
+def _environment() -> dict[str, str]:
+    """What the job finds in its environment.
+
+    Raises:
+        JobError: where MLFLOW_TRACKING_URI is a relative path.
+    """
+    found = {"RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_WAIT_S)}
+    tracking = os.environ.get(TRACKING)
+    if tracking and scrub_text(tracking) != tracking:
+        say(f"{TRACKING} holds a password, which Ray would show to everyone: the nodes need it from elsewhere")
+    elif tracking:
+        if error := relative(TRACKING, tracking):
+            raise error
+        found[TRACKING] = tracking
+    return found
 
 
 def _submitted(client: Any, wanted: dict[str, Any], address: str) -> str:

@@ -96,10 +96,12 @@ def test_describe_gives_keys_and_a_json_schema():
     assert schema["properties"]["kind"] == {"const": "split"} and "store" in schema["required"]
 
 
-def test_submit_refuses_a_path_that_means_nothing_elsewhere(tmp_path):
-    (tmp_path / "job.yaml").write_text("kind: split\nout: here\nstore: s")
-    ended = cosmic_ray("submit", "job.yaml", cwd=tmp_path)
-    assert ended.returncode == 2 and "out = 'here'" in ended.stderr
+@pytest.mark.parametrize("verb", ["submit", "render"])
+def test_paths_that_mean_another_place_elsewhere_are_refused_with_what_they_are_here(tmp_path, verb):
+    (tmp_path / "job.yaml").write_text("kind: split\nout: s3://bucket/split\nstore: here/s")
+    ended = cosmic_ray(verb, "job.yaml", cwd=tmp_path)
+    assert ended.returncode == 2 and "store = 'here/s': a relative path means another place" in ended.stderr
+    assert f"give {tmp_path}/here/s if all nodes see that" in ended.stderr and ended.stdout == ""
 
 
 CHATTY = """

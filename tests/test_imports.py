@@ -18,6 +18,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "lease": {"errors", "storage"},
     "output": {"errors", "config", "storage", "lease"},
     "cluster": {"errors", "storage"},
+    "reach": {"errors", "config", "storage"},
     "models": set(),
     "stores": BASE,
     "simulation": BASE,

@@ -6,7 +6,7 @@ import json
 from typing import Any, ClassVar
 
 from cosmic_ray import storage
-from cosmic_ray.config import Job
+from cosmic_ray.config import Job, Uri
 from cosmic_ray.errors import JobError
 from cosmic_ray.output import MANIFEST, claim, encode, read_manifest
 
@@ -24,16 +24,16 @@ class Report(Job):
     title: str = "Morphology foundation model"
     """The page's heading."""
 
-    crops: str
+    crops: Uri
     """URI of the crop store."""
 
-    split: str
+    split: Uri
     """URI of its split."""
 
-    training: str | None = None
+    training: Uri | None = None
     """URI of the training run: its curves and reconstructions."""
 
-    embeddings: str | None = None
+    embeddings: Uri | None = None
     """URI of the embeddings of these crops."""
 
     seed: int = 0

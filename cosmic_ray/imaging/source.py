@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from cosmic_ray.config import Config
+from cosmic_ray.config import Config, Uri
 
 TEXT_COLUMNS = ("source", "plate", "well", "site", "cell_line", "treatment")
 """What is known of a field, as text; all of it may be empty."""
@@ -59,7 +59,7 @@ class Defaults(Config):
 class Source(Config):
     """A catalogue of fields, or of ready crops."""
 
-    uri: str
+    uri: Uri
     """`folder`: the folder; `table`: a CSV, TSV or Parquet file; `cpg`: a `load_data.csv`, or a folder of them. Public
     buckets are read as `s3://anonymous@bucket/prefix`."""
 
@@ -92,7 +92,7 @@ class Source(Config):
     `Metadata_Plate`, `Metadata_Well`, `Metadata_Site` and, where they are there, `Metadata_Source`,
     `Metadata_cell_line`, `Metadata_treatment`, `Metadata_pixel_size_um`, `Metadata_simulated`)."""
 
-    root: str | None = None
+    root: Uri | None = None
     """What relative file names are relative to; by default the folder of the table, or `uri`."""
 
     remap: dict[str, str] = {}

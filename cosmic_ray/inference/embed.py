@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from cosmic_ray import storage
-from cosmic_ray.config import Job
+from cosmic_ray.config import Job, Uri
 from cosmic_ray.errors import DataError, JobError, NotFoundError
 from cosmic_ray.output import Output, canonical, claim, read_manifest
 
@@ -29,13 +29,13 @@ class Embed(Job):
     kind: ClassVar[str] = "embed"
     incidental: ClassVar[frozenset[str]] = frozenset({"workers", "cpus_per_worker", "gpus_per_worker", "tracking_uri"})
 
-    store: str
+    store: Uri
     """URI of the crop store."""
 
-    model: str = "models:/morphology-fm@candidate"
+    model: Uri = "models:/morphology-fm@candidate"
     """`models:/NAME@ALIAS`, `models:/NAME/VERSION`, or the URI of an exported model folder."""
 
-    split: str | None = None
+    split: Uri | None = None
     """URI of a split of the store: its parts become a column. It leaves nothing out."""
 
     batch_size: int = Field(256, ge=1)
@@ -59,7 +59,7 @@ class Embed(Job):
     gpus_per_worker: float | None = Field(None, ge=0)
     """Accelerators of a worker; by default 1 where the cluster has any."""
 
-    tracking_uri: str | None = None
+    tracking_uri: Uri | None = None
     """Where the registered model is; MLFLOW_TRACKING_URI by default, else `sqlite:///runs/mlflow.db`."""
 
     def check(self) -> None:
@@ -77,6 +77,10 @@ class Embed(Job):
             _require_fit(self.model, read_config(self.model), store.spec)
         if self.split is not None and not storage.exists(storage.join(self.split, "manifest.json")):
             raise JobError("split", self.split, "no split is published here", "run its job first")
+
+    def untold_tracking(self) -> str | None:
+        """See `Job`."""
+        return "tracking_uri" if self.model.startswith("models:") and self.tracking_uri is None else None
 
     def run(self) -> dict[str, Any]:
         """Embed what is not embedded yet.

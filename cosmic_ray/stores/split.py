@@ -13,7 +13,7 @@ import xxhash
 from pydantic import Field, model_validator
 
 from cosmic_ray import output, storage
-from cosmic_ray.config import Config, Job
+from cosmic_ray.config import Config, Job, Uri
 from cosmic_ray.errors import DataError, JobError, NotFoundError
 from cosmic_ray.output import MANIFEST, claim, read_manifest
 from cosmic_ray.progress import say
@@ -60,7 +60,7 @@ class MakeSplit(Job):
 
     kind: ClassVar[str] = "split"
 
-    store: str
+    store: Uri
     """URI of the crop store."""
     by: list[str] = Field(default=["field_uri"], min_length=1)
     """Columns; rows that agree in any of them stay together. `plate+well` takes two as one key."""

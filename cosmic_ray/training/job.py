@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from cosmic_ray.config import Config, Job
+from cosmic_ray.config import Config, Job, Uri
 from cosmic_ray.ingest.mixing import Mixing
 from cosmic_ray.ingest.where import Where
 from cosmic_ray.training.settings import Checkpointing, DataOrder, Evaluation, Optim, Scaling, Schedule, Tracking
@@ -73,10 +73,10 @@ class PretrainMAE(Job):
         {"scaling", "tracking", "compile", "micro_batch", "checkpoint", "eval", "log_every"}
     )
 
-    crops: str
+    crops: Uri
     """URI of the crop store."""
 
-    split: str
+    split: Uri
     """URI of its split."""
 
     where: Where = {}
@@ -93,7 +93,7 @@ class PretrainMAE(Job):
     model: Model = Model()
     """The network."""
 
-    init_from: str | None = None
+    init_from: Uri | None = None
     """Continue the pretraining of these weights: a registered model (`models:/morphology-fm@candidate`), a model
     folder (its encoder; the decoder starts anew), a run's `out` or one of its checkpoints (all of it)."""
 
@@ -159,6 +159,10 @@ class PretrainMAE(Job):
         from cosmic_ray.training import assemble
 
         assemble.check(self)
+
+    def untold_tracking(self) -> str | None:
+        """See `Job`."""
+        return "tracking.uri" if self.tracking and self.tracking.uri is None else None
 
     def run(self) -> dict[str, Any]:
         """Train, resuming from the newest checkpoint, then export, register and publish.

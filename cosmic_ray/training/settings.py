@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from cosmic_ray.config import Config
+from cosmic_ray.config import Config, Uri
 
 REFERENCE_BATCH = 256
 """The global batch that `optim.lr` speaks of."""
@@ -146,7 +146,7 @@ class Scaling(Config):
 class Tracking(Config):
     """MLflow: one run for this job, however often it is interrupted, and the registered model."""
 
-    uri: str | None = None
+    uri: Uri | None = None
     """Tracking URI; by default MLFLOW_TRACKING_URI, else `sqlite:///runs/mlflow.db` in the working directory."""
 
     register_as: str | None = "morphology-fm"
