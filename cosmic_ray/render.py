@@ -32,6 +32,19 @@ class Pods(Config):
     """Name of a Kubernetes secret whose keys become environment variables (AWS_ACCESS_KEY_ID, ...)."""
 
 
+class _Readable(yaml.SafeDumper):
+    """The job file as the lines that it has, and nothing by reference."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+_Readable.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None),
+)
+
+
 def render(job: Job, name: str, pods: Pods) -> str:
     """The ConfigMap with the job file and the RayJob that runs it, as YAML.
 
@@ -59,7 +72,7 @@ def render(job: Job, name: str, pods: Pods) -> str:
             "rayClusterSpec": _cluster(name, pods),
         },
     }
-    return yaml.safe_dump_all([config_map, ray_job], sort_keys=False)
+    return yaml.dump_all([config_map, ray_job], Dumper=_Readable, sort_keys=False)
 
 
 def _cluster(name: str, pods: Pods) -> dict[str, Any]:

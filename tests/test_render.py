@@ -2,10 +2,38 @@
 
 from __future__ import annotations
 
-import yaml
+import re
+import shlex
+from pathlib import Path
 
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from cosmic_ray.cli import app
 from cosmic_ray.jobs import make
 from cosmic_ray.render import Pods, render
+
+ROOT = Path(__file__).parents[1]
+MANIFESTS = sorted((ROOT / "cluster").glob("*.rayjob.yaml"))
+
+
+@pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.stem)
+def test_a_committed_manifest_is_what_its_first_line_prints(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    comment, manifest = path.read_text().split("\n", 1)
+    program, *arguments = shlex.split(comment.removeprefix("# "))
+    printed = CliRunner().invoke(app, arguments)
+    assert (program, printed.exit_code) == ("cosmic-ray", 0), printed.output
+    assert manifest == printed.stdout, f"stale: keep the first line of {path} and put below it what that prints"
+
+
+def test_the_image_and_the_manifests_are_of_the_pinned_ray():
+    pinned = re.search(r"(?m)^ray(?:\[.*\])?==(\S+)$", (ROOT / "constraints.txt").read_text())[1]
+    assert f"rayproject/ray:{pinned}-py311" in (ROOT / "cluster" / "Dockerfile").read_text()
+    for path in MANIFESTS:
+        _, ray_job = yaml.safe_load_all(path.read_text())
+        assert ray_job["spec"]["rayClusterSpec"]["rayVersion"] == pinned
 
 
 def test_the_rayjob_carries_the_resolved_job_and_the_pods():
