@@ -199,15 +199,16 @@ def _statistics(chosen: dict[str, Any], fields: Sequence[dict[str, Any]]) -> dic
 
 
 def _lineage(job: BuildCrops, fields: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """URI of each source -> sha256 over what each of its fields is called and what its files hold."""
-    lineage = {}
-    for origin, source in job.catalogues.items():
-        total = hashlib.sha256()
-        for field in fields:
-            if field["origin"] == origin:
-                total.update(canonical([field[key] for key in ("source", "plate", "well", "site", "reason", "digest")]))
-        lineage[storage.absolute(source.uri)] = total.hexdigest()
-    return lineage
+    """URI of each source -> sha256 over what each of its fields is called and what its files hold.
+
+    Sources of one URI, such as two patterns over one folder, are one input: their fields count together.
+    """
+    uris = {origin: storage.absolute(source.uri) for origin, source in job.catalogues.items()}
+    totals = {uri: hashlib.sha256() for uri in uris.values()}
+    for field in fields:
+        known = [field[key] for key in ("source", "plate", "well", "site", "reason", "digest")]
+        totals[uris[field["origin"]]].update(canonical(known))
+    return {uri: total.hexdigest() for uri, total in totals.items()}
 
 
 def _simulated(job: BuildCrops, chunks: Sequence[Sequence[Entry]]) -> bool:
