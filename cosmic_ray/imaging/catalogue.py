@@ -74,7 +74,7 @@ def read_catalogue(sources: Mapping[str, Source]) -> list[Entry]:
         if not found:
             raise DataError(source.uri, "the catalogue holds no field")
         entries += found
-    entries.sort(key=lambda e: (e.source, e.plate, e.well, e.site, e.files, e.page))
+    entries.sort(key=lambda e: (e.source, e.plate, e.well, e.site, e.origin, e.files, e.page))
     _mark_duplicates(entries, ready={origin for origin, source in sources.items() if source.holds == "crops"})
     return entries
 
@@ -163,7 +163,8 @@ def make_entry(origin: str, source: Source, files: list[str], known: Mapping[str
     if source.holds == "crops" and not known.get("site"):
         known = {**known, "site": storage.name(_stem(files[0]))}
     about = {column: known.get(column) or getattr(defaults, column, "") for column in TEXT_COLUMNS}
-    fallback = storage.name(source.uri) if origin == "source" else origin
+    # Not the folder's name: a copy of the fields elsewhere is to give the same crop ids.
+    fallback = "" if origin == "source" else origin
     entry = Entry(origin, files, **(about | {"source": about["source"] or fallback}))
     if defaults.pixel_size_um is not None:
         entry.pixel_size_um = defaults.pixel_size_um

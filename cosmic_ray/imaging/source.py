@@ -43,7 +43,7 @@ class Defaults(Config):
     """What is said of a field where its catalogue does not say it."""
 
     source: str = ""
-    """Name of the source; by default the last part of `uri`, or the key in `sources`."""
+    """Name of the source, the first part of every `crop_id`; by default the key in `sources`, of a single one none."""
     plate: str = ""
     """Plate."""
     well: str = ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
+from cosmic_ray import storage
 from cosmic_ray.stores import manifest as form
 from cosmic_ray.stores.manifest import CropSpec
 
@@ -20,6 +21,13 @@ def type_name(kind: pa.DataType) -> str:
 def table_schema(extra: dict[str, str]) -> pa.Schema:
     """The Arrow schema of a store whose columns beyond `form.COLUMNS` are `extra` (name -> type)."""
     return pa.schema([pa.field(name, TYPES[kind], nullable=False) for name, kind in form.columns(extra).items()])
+
+
+def file_names(uris: pa.Array | pa.ChunkedArray) -> pa.Array:
+    """The last part of each URI: what a file is called wherever its folder lies."""
+    uris = uris.combine_chunks() if isinstance(uris, pa.ChunkedArray) else uris
+    encoded = uris.dictionary_encode()
+    return pa.array(map(storage.name, encoded.dictionary.to_pylist()), pa.string()).take(encoded.indices)
 
 
 def images(column: pa.Table | pa.RecordBatch | pa.ChunkedArray | pa.Array, spec: CropSpec) -> np.ndarray:

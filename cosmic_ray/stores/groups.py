@@ -9,6 +9,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
+from cosmic_ray.stores.columns import file_names
+from cosmic_ray.stores.manifest import FIELD, FIELD_NAMES
+
 _BETWEEN = "\x1f"
 
 
@@ -23,15 +26,24 @@ class Column:
         self.names = key.split("+")
         self.values: dict[str, int] = {}
         self._parts: list[np.ndarray] = []
+        self._by_field = FIELD in self.names
+        self._called: dict[int, str] = {}
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Names of the columns that `add` needs."""
+        return (*self.names, *(FIELD_NAMES if self._by_field else ()))
 
     def add(self, rows: pa.Table) -> None:
         """Take the next row group."""
-        texts = [rows[name].cast(pa.string()) for name in self.names]
-        joined = pc.binary_join_element_wise(*texts, _BETWEEN) if len(texts) > 1 else texts[0]
-        encoded = joined.combine_chunks().dictionary_encode()
-        encoded = encoded.chunk(0) if isinstance(encoded, pa.ChunkedArray) else encoded
+        encoded = _joined([rows[name] for name in self.names]).dictionary_encode()
         known = [self.values.setdefault(value, len(self.values)) for value in encoded.dictionary.to_pylist()]
-        self._parts.append(np.array(known, np.int32)[encoded.indices.to_numpy()])
+        codes = np.array(known, np.int32)[encoded.indices.to_numpy()]
+        self._parts.append(codes)
+        if self._by_field:
+            called = _joined([file_names(rows[name]) if name == FIELD else rows[name] for name in self.reads])
+            for code, text in set(zip(codes.tolist(), called.to_pylist(), strict=True)):
+                self._called[code] = min(text, self._called.get(code, text))
 
     @property
     def codes(self) -> np.ndarray:
@@ -39,9 +51,20 @@ class Column:
         return np.concatenate(self._parts)
 
     def hashes(self) -> np.ndarray:
-        """uint64 (values,): a hash of each value and its key, the same in every store."""
-        texts = (f"{self.key}{_BETWEEN}{value}".encode() for value in self.values)
+        """uint64 (values,): a hash of each value and its key, the same in every store.
+
+        A field's is that of what it is called, so that it is the same wherever the field lies.
+        """
+        called = (self._called.get(code, value) for value, code in self.values.items())
+        texts = (f"{self.key}{_BETWEEN}{value}".encode() for value in called)
         return np.fromiter(map(xxhash.xxh3_64_intdigest, texts), np.uint64, len(self.values))
+
+
+def _joined(columns: Sequence[pa.ChunkedArray | pa.Array]) -> pa.Array:
+    """The values of each row as one text."""
+    texts = [column.cast(pa.string()) for column in columns]
+    joined = pc.binary_join_element_wise(*texts, _BETWEEN) if len(texts) > 1 else texts[0]
+    return pa.concat_arrays(joined.chunks) if isinstance(joined, pa.ChunkedArray) else joined
 
 
 def group_rows(columns: Sequence[Column], pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

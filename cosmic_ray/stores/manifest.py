@@ -52,6 +52,11 @@ Centroids are pixels in the field; `pixel_size_um` is um per pixel of the crop; 
 a stored value v >= 1 stands for `intensity_offset + intensity_scale * v` in the field's own units.
 """
 
+FIELD, FIELD_NAMES = "field_uri", ("source", "plate", "well", "site")
+"""The URI of a field's first file, and what a field is called. Where that file's folder lies is no content: the names
+and the file's own name alone count in content hashes and splits, so that a copy of the fields elsewhere gives the same.
+"""
+
 EXTRA_TYPES = ("string", "float32", "int32")
 """Types of any further column (what quality checks measured: `q_*`)."""
 
@@ -164,7 +169,7 @@ class CropManifest(Config):
     """Rows of every row group but the last."""
     compression: str
     content_hash: str
-    """sha256 of the content alone: no time, code version, compression or number of shards in it."""
+    """sha256 of the content alone: no time, code version, compression, number of shards or folder of fields in it."""
     simulated: bool
     """Whether any crop comes from the simulator."""
     intensity: Intensity

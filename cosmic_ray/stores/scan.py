@@ -22,8 +22,8 @@ from cosmic_ray.stores.crops import CropStore
 from cosmic_ray.stores.duplicates import BITS, Fingerprints, exact_pairs, fingerprints, similar
 from cosmic_ray.stores.groups import Column
 from cosmic_ray.stores.layouts import same_layouts
+from cosmic_ray.stores.manifest import FIELD
 
-_FIELD = "field_uri"
 _NAMED = 20
 
 
@@ -40,14 +40,15 @@ class Scan:
         self.store = store
         self.columns = [Column(key) for key in by]
         self._crops, self._fields = crops, fields
-        self._field = Column(_FIELD)
+        self._field = Column(FIELD)
         self._places: list[np.ndarray] = []
         self._exact = np.zeros(len(store), np.uint64)
         self._area = np.zeros(len(store), np.int32)
         self._read()
 
     def _read(self) -> None:
-        names = {_FIELD, "centroid_y", "centroid_x", *(name for column in self.columns for name in column.names)}
+        columns = [*self.columns, self._field]
+        names = {"centroid_y", "centroid_x", *(name for column in columns for name in column.reads)}
         wanted = [*sorted(names), *(["image"] if self._crops is not None else [])]
         with tempfile.TemporaryFile() as file, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             self._bits = np.memmap(file, np.uint8, "w+", shape=(len(self.store), BITS // 8))

@@ -18,7 +18,7 @@ from cosmic_ray import output, storage
 from cosmic_ray.errors import DataError, NotFoundError
 from cosmic_ray.output import Output
 from cosmic_ray.stores import manifest as form
-from cosmic_ray.stores.columns import images, table_schema, type_name
+from cosmic_ray.stores.columns import file_names, images, table_schema, type_name
 from cosmic_ray.stores.manifest import CropManifest, CropSpec, Intensity, Shard, ShardEntry, StoredGroup
 from cosmic_ray.stores.statistics import COUNTED, Statistics
 
@@ -103,12 +103,14 @@ def encode_shard(
 def content_digest(group: pa.Table) -> str:
     """sha256 of the decoded content of a row group: names, types and values, independent of how they are stored.
 
-    Floats count by their bits, with every NaN as one; `group` holds the columns of a store in stored order, no nulls.
+    Floats count by their bits, with every NaN as one; of `field_uri` the file's name counts and not the folder, so that
+    the same fields elsewhere give the same digest (the stored bytes have their own). `group` holds the columns of a
+    store in stored order, no nulls.
     """
     total = hashlib.sha256()
     for field in group.schema:
         total.update(f"{field.name}:{type_name(field.type)}:{len(group)}\n".encode())
-        column = group[field.name].combine_chunks()
+        column = file_names(group[form.FIELD]) if field.name == form.FIELD else group[field.name].combine_chunks()
         column = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
         if pa.types.is_string(field.type) or pa.types.is_binary(field.type):
             offsets = np.frombuffer(column.buffers()[1], np.int32)[column.offset : column.offset + len(column) + 1]

