@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -56,12 +55,11 @@ def run(
     if dry_run:
         _print(job.resolved(), as_json)
         return
-    from cosmic_ray.cluster import disconnect
+    from cosmic_ray.cluster import disconnect, interrupt_on_sigterm
     from cosmic_ray.pipeline import check
     from cosmic_ray.reach import require_lasting_tracking
 
-    # A cluster that takes its node back sends SIGTERM: it must save and stop just as Ctrl-C does.
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    interrupt_on_sigterm()
     try:
         require_lasting_tracking(job)
         check(job)

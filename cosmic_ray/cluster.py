@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+import threading
 from dataclasses import dataclass
 
 from cosmic_ray import storage
@@ -43,10 +45,20 @@ def connect(num_cpus: int | None = None) -> Resources:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         local = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": num_cpus, "include_dashboard": False}
         ray.init(logging_level=logging.WARNING, log_to_driver=True, **local)
+    interrupt_on_sigterm()
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     return resources()
+
+
+def interrupt_on_sigterm() -> None:
+    """From here on a SIGTERM, by which a cluster takes its node back or stops a job, is a Ctrl-C: save and stop.
+
+    Ray puts its own handlers on it when it is imported and when it starts, which would end this process on the spot.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
 
 
 def disconnect() -> None:
