@@ -29,6 +29,8 @@ class Crew:
         """Workers of the present attempt."""
         self._scaling, self._stop = scaling, stop
         self._looked = self._grew = 0.0
+        self._grow_every_s = scaling.grow_every_s
+        self._hoped_for = 0
         self._asked_for_more = False
 
     def gather(self) -> int:
@@ -45,7 +47,9 @@ class Crew:
             waited_s = time.monotonic() - began
             settled = not again or waited_s > SETTLE_S
             if found == self._scaling.most or (found >= self._scaling.fewest and settled):
-                self.size, self._grew = found, time.monotonic()
+                # Room that was there and is gone again: look less often, or the run would do nothing but start.
+                self._grow_every_s *= 2 if found < self._hoped_for else 1
+                self.size, self._hoped_for = found, 0
                 return found
             if waited_s > self._scaling.patience_s:
                 raise CosmicError(f"no room for {self._scaling.fewest} workers in {waited_s:.0f} s; {self._remedy()}")
@@ -63,11 +67,16 @@ class Crew:
         self._looked = now
         if going := nodes & room.leaving():
             return f"{len(going)} of the nodes that train will be taken away"
-        if self.size == self._scaling.most or now - self._grew < self._scaling.grow_every_s:
+        if not nodes:
+            self._grew = now  # the workers are on their way, and what they will take still looks free
+        if self.size == self._scaling.most or now - self._grew < self._grow_every_s:
             return None
         self._grew = now
         more = min(room.free(self.each), self._scaling.most - self.size)
-        return f"there is room for {more} more workers" if more > 0 else None
+        if more <= 0:
+            return None
+        self._hoped_for = self.size + more
+        return f"there is room for {more} more workers"
 
     def close(self) -> None:
         """Ask the autoscaler for nothing more."""
