@@ -65,11 +65,12 @@ def home(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @pytest.fixture(scope="session")
 def data_root() -> Path:
-    """The development data set."""
+    """The development data set, of COSMIC_RAY_DATA."""
     given = os.environ.get("COSMIC_RAY_DATA")
-    root = Path(given) if given else Path(__file__).resolve().parents[2] / "shared" / "data"
-    if not (root / "images").is_dir():
-        pytest.skip(f"no development data at {root} (set COSMIC_RAY_DATA)")
+    if not given:
+        pytest.skip("needs real images: set COSMIC_RAY_DATA to the folder that holds images/")
+    root = Path(given)
+    assert (root / "images").is_dir(), f"COSMIC_RAY_DATA={given} holds no images/"
     return root
 
 

@@ -26,9 +26,6 @@ BORDER, TOO_LARGE = "touches the border", "larger than the crop"
 KEEP = ""
 """In the column `reject`: nothing is wrong with it, as far as its field alone can tell."""
 
-PlateKey = tuple[str, str]
-"""(source, plate): whose nuclei share one intensity mapping."""
-
 
 @dataclass(frozen=True)
 class Found:

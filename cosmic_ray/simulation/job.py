@@ -90,7 +90,6 @@ class SimulatePlates(Job):
         """
         from cosmic_ray.output import claim
 
-        self.check()
         with claim(self) as out:
             if not out.done:
                 self._simulate(out.uri)

@@ -49,12 +49,6 @@ def order_keys(crop_ids: Sequence[str], seed: int) -> np.ndarray:
     return np.fromiter(keys, np.uint64, len(crop_ids))
 
 
-def order_rows(rows: pa.Table, seed: int) -> pa.Table:
-    """`rows` in the order of a store: by hash(crop_id, seed), the id itself where two hashes meet."""
-    crop_ids = rows["crop_id"].to_pylist()
-    return rows.take(np.lexsort((np.array(crop_ids), order_keys(crop_ids, seed))))
-
-
 def encode_shard(
     rows: pa.Table, spec: CropSpec, rows_per_group: int = ROWS_PER_GROUP, compression: str = COMPRESSION
 ) -> EncodedShard:

@@ -1,6 +1,6 @@
 """What `build-crops` costs beside the plain loop that it replaces, on real fields, in CPU-seconds of one process.
 
-    python tests/benchmarks/build_crops.py [--fields 48] [--recipe paper|better] [--ray]
+    COSMIC_RAY_DATA=DATA python tests/benchmarks/build_crops.py [--fields 48] [--recipe paper|better] [--ray]
 
 Prints JSON: fields and nuclei; CPU-ms a field to decode, to decode and segment, for the plain loop (decode, segment,
 measure, check), for step one (the loop, cutting, and the chunk's files), and for the whole job; bytes of scratch a
@@ -15,7 +15,6 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 from cosmic_ray import storage
 from cosmic_ray.config import validate
@@ -67,7 +66,7 @@ def main() -> None:
     parser.add_argument("--recipe", choices=("paper", "better"), default="better")
     parser.add_argument("--ray", action="store_true")
     given = parser.parse_args()
-    data = os.environ.get("COSMIC_RAY_DATA") or str(Path(__file__).resolve().parents[3] / "shared" / "data")
+    data = os.environ["COSMIC_RAY_DATA"]
     source = {"uri": f"{data}/images/coelho2009_U2OS", "pattern": "images/*.png"}
     with tempfile.TemporaryDirectory() as home:
         keys = {"out": f"{home}/out", "recipe": given.recipe, "source": source, "crop_px": 160, "workers": 0}

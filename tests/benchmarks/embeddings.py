@@ -1,6 +1,6 @@
 """What the encoder knows of real nuclei that it never saw: chromatin beyond area, and masked patches.
 
-    python tests/benchmarks/embeddings.py --data ../shared/data --work DIR [--seeds 5] [--epochs 8] [--recipe better]
+    python tests/benchmarks/embeddings.py --data $COSMIC_RAY_DATA --work DIR [--seeds 5] [--epochs 8] [--recipe better]
 
 Real fields of dsb2018 and U2OS with their hand-made masks become crops; they are split by field. For each seed a `tiny`
 masked autoencoder is pretrained on train, from scratch, in this process (no Ray). On test, which nothing was fitted or
