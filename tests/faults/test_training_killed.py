@@ -257,3 +257,21 @@ def test_the_controller_killed(crops, mlflow_store):
         assert run.end() == 130
     assert "starting the workers again from step-" in run.log.read_text()
     assert_undisturbed(crops, run)
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+@pytest.mark.timeout(900)
+def test_a_run_that_was_taken_over_ends_its_workers(crops, mlflow_store):
+    """As after a long silence of its machine: another run owns the folder now, and this one publishes nothing more."""
+    with Run(crops.keys("fenced", **LONG), mlflow_store) as run:
+        run.wait_for(8)
+        workers = [run.rank(rank) for rank in range(2)]
+        Path(run.out, "_lease-00099.json").write_text("{}")
+        assert run.end() == 1
+        psutil.wait_procs(workers, timeout=10)
+        steps = run.step()
+        time.sleep(1)
+        assert run.step() == steps
+    assert "this run's claim was taken over by another run" in run.log.read_text()
+    assert not any(worker.is_running() for worker in workers)
