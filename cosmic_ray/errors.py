@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import pickle
+
 
 class CosmicError(Exception):
     """Base of every error that is the user's to mend; `cosmic-ray` prints it without a traceback and exits 1."""
@@ -17,6 +20,16 @@ def _restored(kind: type[CosmicError], args: tuple, facts: dict) -> CosmicError:
     error = kind.__new__(kind, *args)
     error.__dict__.update(facts)
     return error
+
+
+def packed(error: CosmicError) -> str:
+    """An error as text, for a task of a Ray cluster to return: raised there, Ray would bury it in one of its own."""
+    return base64.b64encode(pickle.dumps(error)).decode()
+
+
+def unpacked(text: str) -> CosmicError:
+    """The error that `packed` made `text` of, with its type, text and facts. Only for what one's own tasks return."""
+    return pickle.loads(base64.b64decode(text))
 
 
 class JobError(CosmicError):

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from cosmic_ray.errors import CosmicError
+from cosmic_ray.errors import CosmicError, packed, unpacked
 
 Task = Callable[..., dict[str, Any]]
 
@@ -32,7 +32,7 @@ def each(
         seen: key of the job -> URI that every node has to see.
 
     Raises:
-        CosmicError: where the task raised one, with its text.
+        CosmicError: the one that a task raised.
         JobError: where a node does not see a local path.
     """
     if workers == 0 or len(units) <= 1:
@@ -62,7 +62,7 @@ def each(
         for text in block["result"].to_pylist():
             result = json.loads(text)
             if "error" in result:
-                raise CosmicError(result["error"])
+                raise unpacked(result["error"])
             yield result
 
 
@@ -75,5 +75,5 @@ def _call(block: Any, task: Task, shared: dict[str, Any]) -> Any:
         try:
             results.append(json.dumps(task(**json.loads(text), **shared)))
         except CosmicError as error:
-            results.append(json.dumps({"error": str(error)}))
+            results.append(json.dumps({"error": packed(error)}))
     return pa.table({"result": results})

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cosmic_ray import storage
-from cosmic_ray.errors import DataError
+from cosmic_ray.errors import CosmicError, DataError, packed
 from cosmic_ray.output import encode
 from cosmic_ray.stores.columns import images
 from cosmic_ray.stores.crops import CropStore
@@ -60,14 +60,14 @@ class EmbedParts:
         self._opened: tuple[Encoder, CropStore, np.ndarray | None] | None = None
 
     def __call__(self, parts: pa.Table) -> pa.Table:
-        """`part` int64 -> what `embed_part` says of each, as JSON; a `DataError` too: Ray would wrap it up."""
+        """`part` int64 -> what `embed_part` says of each, as JSON; the user's errors too: Ray would wrap them up."""
         said = []
         for part in parts["part"].to_pylist():
             try:
                 self._opened = self._opened or self._open()
                 said.append(embed_part(self._work, part, *self._opened))
-            except DataError as error:
-                said.append({"error": {"uri": error.uri, "problem": error.problem, "remedy": error.remedy}})
+            except CosmicError as error:
+                said.append({"error": packed(error)})
         return pa.table({"said": [json.dumps(one) for one in said]})
 
     def _open(self) -> tuple[Encoder, CropStore, np.ndarray | None]:

@@ -11,7 +11,7 @@ import pyarrow as pa
 import ray
 
 from cosmic_ray import cluster
-from cosmic_ray.errors import DataError, JobError
+from cosmic_ray.errors import JobError, unpacked
 from cosmic_ray.inference.parts import EmbedParts, Work
 from cosmic_ray.progress import progress
 
@@ -50,7 +50,7 @@ def embed_parts(work: Work, missing: Sequence[int], total: int, pool: Pool) -> d
         `crops_per_s`, and `data_wait_share`: of the workers' time, the share spent waiting for the store.
 
     Raises:
-        DataError: from a worker: what it could not read.
+        CosmicError: from a worker, such as a DataError: what it could not read.
     """
     done = total - sum(min(work.rows, total - part * work.rows) for part in missing)
     began, first, busy_s, wait_s = time.monotonic(), done, 0.0, 0.0
@@ -68,7 +68,7 @@ def embed_parts(work: Work, missing: Sequence[int], total: int, pool: Pool) -> d
         for row in said.iter_rows():
             one = json.loads(row["said"])
             if "error" in one:
-                raise DataError(**one["error"])
+                raise unpacked(one["error"])
             done, busy_s, wait_s = done + one["rows"], busy_s + one["seconds"], wait_s + one["read_wait_s"]
             shown.update(done, f"data wait {wait_s / busy_s:.0%}")
     return {"crops_per_s": (done - first) / (time.monotonic() - began), "data_wait_share": wait_s / busy_s}

@@ -319,8 +319,9 @@ def test_an_error_in_a_task_on_ray_is_the_users_error(tmp_path, ray_local):
     job = make_job(str(tmp_path / "plate"), str(tmp_path / "out"), workers=2, memory_gib=0.1)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "objects").write_text("a file where a folder has to be")
-    with pytest.raises(CosmicError, match="objects"):
+    with pytest.raises(DataError, match="objects") as caught:
         job.run()
+    assert caught.value.uri.startswith(str(tmp_path / "out/objects"))
 
 
 @pytest.mark.parametrize("names", [{"names": None, "defaults": {}}, {}])
