@@ -35,6 +35,7 @@ def curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], title:
         axes.plot(steps, values, label=name, color=PALETTE[number % 10], linewidth=1.4, marker=marker, markersize=2.5)
     if log:
         axes.set_yscale("log")
+        _plain_numbers(axes)
     axes.set_title(title, fontsize=9, loc="left", color=_INK)
     axes.set_xlabel("step", fontsize=8)
     if len(series) > 1:
@@ -43,12 +44,13 @@ def curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], title:
 
 
 def bars(counts: Mapping[str, int], title: str) -> str:
-    """Horizontal bars, one a name, with their counts written beside."""
-    figure, axes = _figure(5.2, 0.7 + 0.26 * max(len(counts), 1))
+    """Horizontal bars, one a name from the top, with their counts written beside."""
+    figure, axes = _figure(5.2, 0.35 + 0.26 * max(len(counts), 1))
     names = list(counts)[::-1]
     drawn = axes.barh(names, [counts[name] for name in names], color=PALETTE[0], height=0.62)
     axes.bar_label(drawn, [f"{counts[name]:,}" for name in names], padding=3, fontsize=7, color=_INK)
     axes.margins(x=0.15)
+    axes.set_ylim(-0.6, len(names) - 0.4)
     axes.set_title(title, fontsize=9, loc="left", color=_INK)
     axes.xaxis.set_visible(False)
     axes.spines["bottom"].set_visible(False)
@@ -96,6 +98,15 @@ def _figure(width: float, height: float) -> tuple[Figure, Any]:
         axes.spines[side].set_color(_FAINT)
     axes.tick_params(labelsize=7, color=_FAINT, labelcolor=_INK)
     return figure, axes
+
+
+def _plain_numbers(axes: Any) -> None:
+    """1 2 5 10 on a logarithmic axis, where matplotlib writes powers of ten."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5), numticks=8))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _svg(figure: Figure) -> str:

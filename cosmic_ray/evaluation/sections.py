@@ -46,11 +46,11 @@ def crops(store: CropStore, split: Split) -> Part:
         "What went in",
         notes=[
             f"{objects:,} objects were found; {len(store):,} became crops. Why the rest was left out, the bars tell.",
-            f"Intensities: {store.manifest.intensity.description}.",
+            f"Intensities: {store.manifest.intensity.description.replace('->', '→')}.",
         ],
         figures=[
-            figures.bars({"crops kept": len(store), **rejected}, "objects found, by what became of them"),
-            figures.bars(fields_rejected, "fields left out, by reason") if fields_rejected else "",
+            figures.bars({"crops kept": len(store), **_descending(rejected)}, "objects found, by what became of them"),
+            figures.bars(_descending(fields_rejected), "fields left out, by reason") if fields_rejected else "",
         ],
         tables=[
             _counts_table("source", statistics["rows_by_source"]),
@@ -60,7 +60,7 @@ def crops(store: CropStore, split: Split) -> Part:
         ],
     )
     went_in.figures = [figure for figure in went_in.figures if figure]
-    look = Section("The crops", wide=[_pixels(montage(store, 40), "Crops taken evenly over the store.")])
+    look = Section("The crops", wide=[_pixels(montage(store, 48, columns=12), "Crops taken evenly over the store.")])
     spread = Section(
         "The split",
         notes=["Training reads train, choices are made on val, test stays closed. Groups are never divided."],
@@ -117,7 +117,10 @@ def training(uri: str) -> Part:
         (facts["steps"], "training steps"),
         (facts["val_loss"], "loss on val"),
         (facts["images_per_s"], "images/s (median)"),
-        (facts["data_wait_share"], "share waiting for data (median)"),
+        (
+            None if facts["data_wait_share"] is None else f"{facts['data_wait_share']:.1%}",
+            "time waiting for data (median)",
+        ),
     ]
     return Part(sections, tiles, {"training": facts})
 
@@ -163,9 +166,12 @@ def origin(inputs: Mapping[str, str], manifests: Mapping[str, Mapping[str, Any]]
 
 
 def _counts_table(name: str, counts: Mapping[str, int]) -> Table:
-    rows = sorted(counts.items(), key=lambda item: -item[1])
-    folded = f"crops by {name} ({len(rows)})"
-    return Table([name, "crops"], [[key or "(none)", count] for key, count in rows[:100]], folded)
+    rows = [[key or "(none)", count] for key, count in _descending(counts).items()]
+    return Table([name, "crops"], rows[:100], f"crops by {name} ({len(rows)})")
+
+
+def _descending(counts: Mapping[str, int]) -> dict[str, int]:
+    return dict(sorted(counts.items(), key=lambda item: -item[1]))
 
 
 def _rejected_fields(uri: str) -> list[Table]:

@@ -32,16 +32,17 @@ def describe_store(store: CropStore) -> dict[str, Any]:
     }
 
 
-def montage(store: CropStore, count: int = 64) -> bytes:
+def montage(store: CropStore, count: int = 64, columns: int | None = None) -> bytes:
     """A PNG of `count` crops taken evenly over the store, on black; one channel is grey, several are laid over another.
 
-    Brightness is one mapping for the whole store and each channel: 0 to the 99.5th percentile of the nonzero pixels.
+    `columns` of them stand side by side, by default as many as there are lines. Brightness is one
+    mapping for the whole store and each channel: 0 to the 99.5th percentile of the nonzero pixels.
     """
     from PIL import Image, ImageDraw
 
     rows = np.unique(np.linspace(0, len(store) - 1, min(count, len(store))).astype(np.int64))
     tiles = _coloured(store.crops(rows), _tops(store))
-    wide = int(np.ceil(np.sqrt(len(tiles))))
+    wide = min(columns or int(np.ceil(np.sqrt(len(tiles)))), len(tiles))
     high = -(-len(tiles) // wide)
     step_y, step_x = store.spec.height + _GAP, store.spec.width + _GAP
     canvas = np.zeros((high * step_y + _CAPTION, wide * step_x, 3), np.uint8)
