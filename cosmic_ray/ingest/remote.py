@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import functools
 import json
+import threading
 import time
+import uuid
 import warnings
 from collections.abc import Iterator
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,14 +29,20 @@ from cosmic_ray.ingest import chunks
 from cosmic_ray.ingest.plan import Plan
 from cosmic_ray.progress import say
 
-QUEUED_CHUNKS, QUEUE_PAUSES_S = 1, (0.005, 0.1)
+QUEUED_CHUNKS = 2
+QUICK_S, SLOW_S = 0.002, 0.1
 RESTARTS, RESTART_PAUSE_S = 3, 1.0
+
+
+_STREAM = "cosmic_ray.ingest.stream"
+_TAKEN: dict[str, threading.Event] = {}
+"""For each stream of this process, set when its rank takes a chunk: a context that is sent to tasks holds its name."""
 
 
 class RemoteWindows:
     """As `Windows`, read by one long Ray Data task that runs until the last step.
 
-    Memory: in the task, the open windows and what it reads ahead; in the object store, up to six chunks.
+    Memory: in the task, the open windows and what it reads ahead; in the object store, up to seven chunks.
 
     A task that dies (killed for memory, its node lost) is started again from the step that the rank needs next; what
     was handed out is not read again.
@@ -59,6 +68,8 @@ class RemoteWindows:
             ahead_bytes=ahead_bytes,
         )
         self._restarts, self._steps_left = 0, 0
+        self._name, self._taken = uuid.uuid4().hex, threading.Event()
+        _TAKEN[self._name] = self._taken
         self._crops, self._at = np.empty((0, 0), np.uint8), 0
         self._blocks = self._start(first_step)
 
@@ -85,12 +96,15 @@ class RemoteWindows:
     def close(self) -> None:
         """End the task."""
         self._blocks.close()
+        _TAKEN.pop(self._name, None)
 
     def _next_chunk(self, k: int) -> pa.Table:
         self._crops = np.empty((0, 0), np.uint8)
         while True:
             try:
-                return next(self._blocks)
+                chunk = next(self._blocks)
+                self._taken.set()
+                return chunk
             except ray.exceptions.RayTaskError:
                 raise
             except ray.exceptions.RayError as error:
@@ -131,36 +145,39 @@ class RemoteWindows:
                 label_selector={"ray.io/node-id": ray.get_runtime_context().get_node_id()},
                 max_retries=0,
             )
-        _configure(dataset.context)
-        return iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1))
+        _configure(dataset.context, self._name)
+        return iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
 
 
 class _QueueIsFull(BackpressurePolicy):
     """Leaves further chunks with the task while the rank has enough to go on with.
 
     Ray Data's own limit, by bytes, does the same at the cost of a whole core: its loop asks again at once. Here it
-    pauses, the longer the slower the rank is.
+    waits until the rank takes a chunk, and then looks often, because the queue follows a little later.
     """
 
-    _pause_s = QUEUE_PAUSES_S[0]
+    def __init__(self, data_context: DataContext, topology: Any, resource_manager: Any):
+        super().__init__(data_context, topology, resource_manager)
+        self._taken = _TAKEN[data_context.get_config(_STREAM)]
+        self._quick_until = 0.0
 
     def max_task_output_bytes_to_read(self, op: PhysicalOperator) -> int | None:
-        if op.output_dependencies:
+        if op.output_dependencies or self._topology[op].total_enqueued_output_blocks() < QUEUED_CHUNKS:
             return None
-        if self._topology[op].total_enqueued_output_blocks() < QUEUED_CHUNKS:
-            self._pause_s = QUEUE_PAUSES_S[0]
-            return None
-        time.sleep(self._pause_s)
-        self._pause_s = min(2 * self._pause_s, QUEUE_PAUSES_S[1])
+        if time.monotonic() < self._quick_until:
+            time.sleep(QUICK_S)
+        elif self._taken.wait(SLOW_S):
+            self._taken.clear()
+            self._quick_until = time.monotonic() + 20 * QUICK_S
         return 0
 
 
-def _configure(context: DataContext) -> None:
+def _configure(context: DataContext, name: str) -> None:
     # Every chunk becomes a block of its own: larger than this, and of one row, which cannot be cut.
     context.target_max_block_size = 1
-    context._max_num_blocks_in_streaming_gen_buffer = 1
     context.execution_options.preserve_order = True
     context.set_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, [*ENABLED_BACKPRESSURE_POLICIES, _QueueIsFull])
+    context.set_config(_STREAM, name)
     # A rank may pause for as long as it likes: to evaluate, to write a checkpoint.
     context.execution_no_progress_timeout_s = -1
     context.print_on_execution_start = False
