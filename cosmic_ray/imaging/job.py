@@ -25,7 +25,8 @@ class BuildCrops(Job):
 
     Below `out`: `shards/` and `manifest.json` (the store), `fields.parquet` (what became of each field),
     `rejected.parquet` (the fields left out, and why), `objects/` (every object found, and why it was left out).
-    Killed at any point and run again, it goes on; the content hash is the same at any parallelism.
+    Killed at any point and run again, it goes on; the content hash is the same at any parallelism, and wherever the
+    fields lie.
     """
 
     kind: ClassVar[str] = "build-crops"
