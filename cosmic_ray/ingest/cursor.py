@@ -1,14 +1,16 @@
-"""Where a run stands in its plan: a global sample position, kept in every checkpoint."""
+"""Where a run stands in its plan: a global sample position, kept in every checkpoint with the exclusions so far."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from cosmic_ray.errors import JobError
 
 if TYPE_CHECKING:
     from cosmic_ray.ingest.plan import Plan
+
+_FORM = "plan_digest is text, position an integer of at least 0, exclusions a list of [step, row groups]"
 
 
 @dataclass(frozen=True)
@@ -17,26 +19,45 @@ class Cursor:
 
     plan_digest: str
     position: int
+    exclusions: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    """The plan's exclusions: what the job file does not say of it."""
 
     @classmethod
     def at(cls, plan: Plan, step: int) -> Cursor:
         """The cursor of a run that has committed the global batches 0..step-1."""
-        return cls(plan.digest, step * plan.spec.global_batch)
+        return cls(plan.digest, step * plan.spec.global_batch, plan.spec.exclusions)
+
+    def plan(self, plan: Plan) -> Plan:
+        """The cursor's own plan, from the `plan` of the same job without exclusions.
+
+        Raises:
+            JobError: where that is another job's plan.
+        """
+        found = plan.with_exclusions(self.exclusions)
+        self.step(found)
+        return found
 
     def step(self, plan: Plan) -> int:
-        """The next global batch.
+        """The next global batch. `plan` may exclude more than the cursor's did, from this batch on.
 
         Raises:
             JobError: where `plan` is another plan than the cursor's: resuming there would repeat and skip samples.
         """
-        if self.plan_digest != plan.digest:
-            remedy = "resume with the store, split, lanes, window, global batch and seed that the run began with"
+        step, count = self.position // plan.spec.global_batch, len(self.exclusions)
+        known, new = plan.spec.exclusions[:count], plan.spec.exclusions[count:]
+        began_with = replace(plan.spec, exclusions=self.exclusions).digest
+        if known != self.exclusions or self.plan_digest != began_with or any(first < step for first, _ in new):
+            remedy = (
+                "resume with the store, split, filter, mixing, lanes, window, global batch, seed and exclusions that "
+                "the run began with"
+            )
             raise JobError("plan", plan.digest[:16], f"the cursor belongs to plan {self.plan_digest[:16]}", remedy)
-        return self.position // plan.spec.global_batch
+        return step
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for a checkpoint's state."""
-        return asdict(self)
+        exclusions = [[step, list(groups)] for step, groups in self.exclusions]
+        return {"plan_digest": self.plan_digest, "position": self.position, "exclusions": exclusions}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Cursor:
@@ -47,8 +68,10 @@ class Cursor:
         """
         try:
             digest, position = value["plan_digest"], value["position"]
-        except (KeyError, TypeError):
-            raise JobError("cursor", value, "not a cursor", "its keys are plan_digest and position") from None
-        if not isinstance(digest, str) or not isinstance(position, int) or position < 0:
-            raise JobError("cursor", value, "not a cursor", "plan_digest is text, position an integer of at least 0")
-        return cls(digest, position)
+            exclusions = tuple((step, tuple(groups)) for step, groups in value.get("exclusions", []))
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise JobError("cursor", value, "not a cursor", _FORM) from None
+        numbers = [position, *(number for step, groups in exclusions for number in (step, *groups))]
+        if not isinstance(digest, str) or not all(isinstance(number, int) and number >= 0 for number in numbers):
+            raise JobError("cursor", value, "not a cursor", _FORM)
+        return cls(digest, position, exclusions)

@@ -143,8 +143,11 @@ class Plan:
         Raises:
             JobError: where too few rows are left, or the plan has an exclusion at a later step.
         """
-        exclusion = (at_step, tuple(sorted(set(groups))))
-        return Plan(replace(self.spec, exclusions=(*self.spec.exclusions, exclusion)), self.selection)
+        return self.with_exclusions([*self.spec.exclusions, (at_step, tuple(sorted(set(groups))))])
+
+    def with_exclusions(self, exclusions: Iterable[tuple[int, tuple[int, ...]]]) -> Plan:
+        """This plan with these exclusions in place of its own, as `PlanSpec` has them. Raises as `excluding`."""
+        return Plan(replace(self.spec, exclusions=tuple(exclusions)), self.selection)
 
     def __reduce__(self) -> tuple:
         return Plan, (self.spec, self.selection)
@@ -152,9 +155,7 @@ class Plan:
     def _check(self) -> None:
         spec, counts = self.spec, self.selection.counts
         if spec.version != VERSION:
-            raise JobError(
-                "plan", spec.version, f"this code makes plans of version {VERSION}", "use the run's own code"
-            )
+            raise JobError("plan", spec.version, f"this code makes version {VERSION}", "use the run's own code")
         if spec.selection_digest != self.selection.digest:
             raise JobError("plan", spec.selection_digest[:16], f"the rows selected are {self.selection.digest[:16]}")
         if spec.mixing != self.selection.mixing:
@@ -212,9 +213,8 @@ class Plan:
         """
         if world > self.spec.lanes:
             remedy = f"use at most {self.spec.lanes} workers, a larger global batch or smaller row groups"
-            raise JobError(
-                "scaling.workers", world, f"the plan has {self.spec.lanes} lanes, and a rank needs one", remedy
-            )
+            problem = f"the plan has {self.spec.lanes} lanes, and a rank needs one"
+            raise JobError("scaling.workers", world, problem, remedy)
         return range(rank * self.spec.lanes // world, (rank + 1) * self.spec.lanes // world)
 
     def step(self, k: int) -> Samples:
@@ -316,9 +316,11 @@ class Plan:
         found = []
         for lane in lanes:
             starts = self._orders.order(lane, epoch).starts
-            first, last = self._steps_of(lane, epoch, starts[:-1]), self._steps_of(lane, epoch, starts[1:] - 1)
-            needed = (last >= first_step) & (first < min(last_step, end)) & (np.diff(starts) > 0)
-            found += [(int(first[w]), lane, int(w), min(int(last[w]), end - 1)) for w in np.flatnonzero(needed)]
+            windows = np.flatnonzero(np.diff(starts))
+            first = self._steps_of(lane, epoch, starts[windows])
+            last = self._steps_of(lane, epoch, starts[windows + 1] - 1)
+            needed = np.flatnonzero((last >= first_step) & (first < min(last_step, end)))
+            found += [(int(first[i]), lane, int(windows[i]), min(int(last[i]), end - 1)) for i in needed]
         return [
             WindowRead(
                 lane, epoch, window, self._groups_left(lane, epoch, window, first_step), max(first, first_step), last
