@@ -30,7 +30,7 @@ from cosmic_ray.ingest.plan import Plan
 from cosmic_ray.progress import say
 
 QUEUED_CHUNKS = 2
-QUICK_S, SLOW_S = 0.002, 0.1
+QUICK_S, SLOW_S = 0.005, 0.1
 RESTARTS, RESTART_PAUSE_S = 3, 1.0
 
 
@@ -180,5 +180,6 @@ def _configure(context: DataContext, name: str) -> None:
     context.set_config(_STREAM, name)
     # A rank may pause for as long as it likes: to evaluate, to write a checkpoint.
     context.execution_no_progress_timeout_s = -1
+    context.memory_usage_poll_interval_s = None
     context.print_on_execution_start = False
     context.enable_progress_bars = False
