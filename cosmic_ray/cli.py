@@ -203,25 +203,34 @@ def show(
 
 @app.command()
 def plan(
-    store: Annotated[str, typer.Argument(help="URI of a crop store.")],
+    source: Annotated[
+        str, typer.Argument(metavar="FILE|STORE", help="A job file (.yaml) that trains, or the URI of a crop store.")
+    ],
     step: Annotated[int, typer.Option(help="Which global batch, counted across epochs from 0.")],
-    seed: Annotated[int, typer.Option(help="The job's seed.")] = 0,
-    global_batch: Annotated[int, typer.Option(help="The job's global batch.")] = 256,
+    overrides: Overrides = None,
+    seed: Annotated[int | None, typer.Option(help="The job's seed.")] = None,
+    global_batch: Annotated[int | None, typer.Option(help="The job's global batch, by default 256.")] = None,
     split: Annotated[str | None, typer.Option(help="URI of the job's split.")] = None,
-    part: Annotated[str, typer.Option(help="Which part of the split.")] = "train",
+    part: Annotated[str | None, typer.Option(help="Which part of the split, by default train.")] = None,
     lanes: Annotated[int | None, typer.Option(help="The job's data.lanes.")] = None,
     window: Annotated[int | None, typer.Option(help="The job's data.window.")] = None,
     remainder: Annotated[str | None, typer.Option(help="The job's data.remainder.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print the crop ids of one global batch: what was in it where the loss jumped? Give what the job does not leave
-    at its default.
+    """Print the crop ids of one global batch: what was in it where the loss jumped? A job's own file says all; with a
+    STORE, give what the job does not leave at its default.
     """
-    from cosmic_ray.ingest.show import plan_step
+    options = {"seed": seed, "global_batch": global_batch, "split": split, "part": part}
+    options |= {"lanes": lanes, "window": window, "remainder": remainder}
+    given = {key: value for key, value in options.items() if value is not None}
+    if source.endswith((".yaml", ".yml")):
+        found = _step_of_job(source, overrides or [], step, given)
+    else:
+        from cosmic_ray.ingest.show import plan_step
 
-    order = {"lanes": lanes, "window": window, "remainder": remainder}
-    given = {key: value for key, value in order.items() if value is not None}
-    found = plan_step(store, step=step, seed=seed, global_batch=global_batch, split=split, part=part, **given)
+        if overrides:
+            raise JobError(overrides[0], source, "a store takes no overrides", "give a job file, or options")
+        found = plan_step(source, step=step, **{"seed": 0, "global_batch": 256, **given})
     if as_json:
         print(json.dumps(found))
         return
@@ -275,6 +284,19 @@ def _for_a_cluster(file: str, overrides: list[str]) -> Job:
     job = jobs.load(file, overrides)
     require_reachable(job)
     return job
+
+
+def _step_of_job(file: str, overrides: list[str], step: int, given: dict[str, Any]) -> dict[str, Any]:
+    from cosmic_ray.ingest.show import crops_of_step
+    from cosmic_ray.training.assemble import current_plan
+    from cosmic_ray.training.job import PretrainMAE
+
+    for key, value in given.items():
+        raise JobError(f"--{key.replace('_', '-')}", value, "the job file says this", "override its key as KEY=VALUE")
+    job = jobs.load(file, overrides)
+    if not isinstance(job, PretrainMAE):
+        raise JobError("kind", job.kind, "this kind has no plan", f"give the file of a {PretrainMAE.kind} job")
+    return crops_of_step(*current_plan(job), step)
 
 
 def _print(result: dict[str, Any], as_json: bool) -> None:

@@ -36,8 +36,6 @@ def plan_step(
         JobError: for a negative step, or settings that allow no plan.
         DataError: where the store or the split cannot be read.
     """
-    if step < 0:
-        raise JobError("step", step, "steps are counted from 0")
     store = CropStore.open(store_uri)
     if split is None:
         selection = Selection.all(store)
@@ -48,6 +46,18 @@ def plan_step(
     plan = Plan.fitted(
         store.content_hash, selection, global_batch, seed, lanes=lanes, window=window, remainder=remainder
     )
+    return crops_of_step(store, plan, step)
+
+
+def crops_of_step(store: CropStore, plan: Plan, step: int) -> dict[str, Any]:
+    """As `plan_step`, of a plan at hand.
+
+    Raises:
+        JobError: for a negative step.
+        DataError: where the store cannot be read.
+    """
+    if step < 0:
+        raise JobError("step", step, "steps are counted from 0")
     samples = plan.step(step)
     found = crop_ids(store, samples)
     return {"step": step, "epoch": int(samples.epoch.min()), "crop_ids": found, "plan": plan.digest}

@@ -82,6 +82,16 @@ def planned(job: PretrainMAE, store: CropStore, split: Split) -> tuple[Plan, np.
     return Plan.fitted(store.content_hash, selection, job.global_batch, job.seed, **options), held_out
 
 
+def current_plan(job: PretrainMAE) -> tuple[CropStore, Plan]:
+    """The store, and the run's own plan: with the exclusions that its newest checkpoint knows. Raises as `inputs`."""
+    from cosmic_ray.ingest.cursor import Cursor
+
+    store, split = opened(job)
+    plan, _ = planned(job, store, split)
+    newest = checkpoint.newest(checkpoint.within(job.out))
+    return store, Cursor.from_json(checkpoint.read_state(newest)["cursor"]).plan(plan) if newest else plan
+
+
 def check(job: PretrainMAE) -> None:
     """Everything that can be known without Ray. Raises as `inputs`."""
     from cosmic_ray.registry.register import check_alias
