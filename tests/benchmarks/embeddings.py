@@ -1,6 +1,6 @@
 """What the encoder knows of real nuclei that it never saw: chromatin beyond area, and masked patches.
 
-    python tests/benchmarks/embeddings.py --data $COSMIC_RAY_DATA --work DIR [--seeds 5] [--epochs 8] [--recipe better]
+    python tests/benchmarks/embeddings.py --data $COSMIC_RAY_DATA --work DIR [--seeds 5] [--recipes better paper]
 
 Real fields of dsb2018 and U2OS with their hand-made masks become crops; they are split by field. For each seed a `tiny`
 masked autoencoder is pretrained on train, from scratch, in this process (no Ray). On test, which nothing was fitted or
@@ -9,7 +9,9 @@ chosen on:
   encoder untrained, and as many principal components of the pixels: mean R2 over the measures;
 - mean squared error of masked foreground patches, by the autoencoder and by normalised convolution of the visible
   pixels with the Gaussian (of seven widths) that was best on val.
-Student-t 95 % intervals over seeds; differences are paired by seed. DIR keeps the runs: the same command resumes.
+Student-t 95 % intervals over seeds; differences are paired by seed. Of two recipes, all is equal but the recipe: crops,
+split, seeds, steps, optimiser, schedule, averaging of weights; which patches are masked is the recipe's own matter, so
+that errors are compared over that of inpainting. DIR keeps the runs: the same command resumes.
 """
 
 from __future__ import annotations
@@ -45,14 +47,20 @@ def main() -> None:
     parser.add_argument("--work", required=True, help="folder for the store and the runs")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--epochs", type=float, default=8)
-    parser.add_argument("--recipe", choices=("better", "paper"), default="better")
+    parser.add_argument("--recipes", nargs="+", choices=("better", "paper"), default=["better"])
     given = parser.parse_args()
     torch.set_num_threads(1)
 
     store, split = crops_of(given.data, given.work)
     rows = probe.Split3(*(split.rows(part) for part in ("train", "val", "test")))
-    measured = [measure_seed(given, store, split, rows, seed) for seed in range(given.seeds)]
-    show(given, store, rows, measured)
+    sizes = ", ".join(f"{name} {len(part):,}" for name, part in vars(rows).items())
+    print(f"real crops inside hand-made masks: {len(store):,}; by field: {sizes}; store {store.content_hash[:12]}")
+    measured = {}
+    for recipe in given.recipes:
+        measured[recipe] = [measure_seed(given, recipe, store, split, rows, seed) for seed in range(given.seeds)]
+        show(given, recipe, measured[recipe])
+    if len(measured) == 2:
+        compare(measured)
 
 
 def crops_of(data: str, work: str) -> tuple[CropStore, Split]:
@@ -71,14 +79,16 @@ def crops_of(data: str, work: str) -> tuple[CropStore, Split]:
     return store, Split.open(f"{work}/split", store)
 
 
-def measure_seed(given: argparse.Namespace, store: CropStore, split: Split, rows: probe.Split3, seed: int) -> dict:
+def measure_seed(
+    given: argparse.Namespace, recipe: str, store: CropStore, split: Split, rows: probe.Split3, seed: int
+) -> dict:
     """Train one seed and judge it; kept in a file, so that a killed benchmark goes on."""
-    folder = Path(given.work) / f"{given.recipe}-{given.epochs:g}-{seed}"
+    folder = Path(given.work) / f"{recipe}-{given.epochs:g}-{seed}"
     kept = folder / "judged.json"
     if kept.exists():
         return json.loads(kept.read_text())
     job = make({"kind": "pretrain-mae", "out": str(folder), "crops": store.uri, "split": split.uri, "seed": seed,
-                "recipe": given.recipe, "model": {"preset": "tiny"}, "epochs": given.epochs, "global_batch": 128,
+                "recipe": recipe, "model": {"preset": "tiny"}, "epochs": given.epochs, "global_batch": 128,
                 "optim": {"lr": 2e-3}, "schedule": {"kind": "cosine", "warmup": 0.05}, "ema": 0.99,
                 "checkpoint": {"every": 200}, "eval": {"every": 100000, "crops": 512}, "tracking": None})  # fmt: skip
     started = time.process_time()
@@ -94,7 +104,10 @@ def measure_seed(given: argparse.Namespace, store: CropStore, split: Split, rows
     found["log area"] = probe.ridge_r2(area, targets, usable).tolist()
     result = {"r2": found, "error": masked_error(trained, crops, rows, seed), "cpu_s": time.process_time() - started}
     kept.write_text(json.dumps(result))
-    print(f"seed {seed}: " + ", ".join(f"{name} {np.mean(values):.3f}" for name, values in found.items()), flush=True)
+    print(
+        f"{recipe}, seed {seed}: " + ", ".join(f"{name} {np.mean(values):.3f}" for name, values in found.items()),
+        flush=True,
+    )
     return result
 
 
@@ -165,11 +178,9 @@ def squared_error(predicted: np.ndarray, images: np.ndarray, hidden: np.ndarray,
     return float(((predicted - images) ** 2)[hidden & patches].mean())
 
 
-def show(given: argparse.Namespace, store: CropStore, rows: probe.Split3, measured: list[dict]) -> None:
-    """Print the tables."""
-    sizes = ", ".join(f"{name} {len(part):,}" for name, part in vars(rows).items())
-    print(f"\nreal crops inside hand-made masks: {len(store):,}; by field: {sizes}; store {store.content_hash[:12]}")
-    print(f"recipe {given.recipe}, preset tiny, {given.epochs:g} epochs, {len(measured)} seeds")
+def show(given: argparse.Namespace, recipe: str, measured: list[dict]) -> None:
+    """Print the tables of one recipe."""
+    print(f"\nrecipe {recipe}, preset tiny, {given.epochs:g} epochs, {len(measured)} seeds")
     seconds = np.mean([seed["cpu_s"] for seed in measured])
     print(f"torch {torch.__version__}, {platform.machine()}, {seconds:.0f} CPU-s a seed")
     means = {name: np.array([np.mean(seed["r2"][name]) for seed in measured]) for name in measured[0]["r2"]}
@@ -187,6 +198,20 @@ def show(given: argparse.Namespace, store: CropStore, rows: probe.Split3, measur
     for name, values in errors.items():
         print_interval(name, values, 5)
     print_interval("autoencoder / inpainting", errors["autoencoder"] / errors["inpainting"])
+
+
+def compare(measured: dict[str, list[dict]]) -> None:
+    """Print the difference between two recipes, paired by seed."""
+    one, other = measured
+    pairs = list(zip(measured[one], measured[other], strict=True))
+    print(f"\n{f'{one} against {other}, on test':<58}    mean    95 % interval")
+    for what in ("trained", "untrained"):
+        differences = np.array([np.mean(a["r2"][what]) - np.mean(b["r2"][what]) for a, b in pairs])
+        print_interval(f"R2 beyond area, {what}: {one} - {other}", differences)
+    quotients = [[seed["error"]["autoencoder"] / seed["error"]["inpainting"] for seed in measured[r]] for r in measured]
+    print_interval(f"autoencoder / inpainting: {one} - {other}", np.subtract(*quotients))
+    means = [np.mean([seed["r2"]["trained"] for seed in measured[recipe]], axis=0) for recipe in measured]
+    print(f"{one} has the higher R2 in {np.sum(means[0] > means[1])} of {len(texture.NAMES)} measures")
 
 
 def print_interval(name: str, values: np.ndarray, digits: int = 3) -> None:
