@@ -24,7 +24,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-JobFile = Annotated[str, typer.Argument(metavar="FILE", help="A job file: YAML with kind: and that kind's keys.")]
+JobFile = Annotated[
+    str, typer.Argument(metavar="FILE", help="A job file: YAML with kind: and that kind's keys; - is standard input.")
+]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Dotted overrides, as scaling.workers=2.")
 ]
@@ -150,7 +152,7 @@ def render(
         gpus=gpus,
         secret=secret,
     )
-    print(render(job, name or Path(file).stem, pods), end="")
+    print(render(job, name or (job.kind if file == "-" else Path(file).stem), pods), end="")
 
 
 @app.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +38,13 @@ def job_class(kind: object, key: str = "kind") -> type[Job]:
 
 
 def load(path: str, overrides: list[str] = ()) -> Job:
-    """Read a job file, lay the dotted overrides over it, and check it against its kind's schema.
+    """Read a job file (`-`: standard input), lay the dotted overrides over it, and check it against its kind's schema.
 
     Raises:
         JobError: naming the file or the key, its value and the remedy.
     """
     try:
-        text = Path(path).read_text()
+        text = sys.stdin.read() if path == "-" else Path(path).read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise JobError(path, ABSENT, f"cannot be read as a job file: {error}") from None
     tree = parse_yaml(text, path)

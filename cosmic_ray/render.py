@@ -8,9 +8,9 @@ from typing import Any
 import yaml
 
 from cosmic_ray.config import Config, Job
-from cosmic_ray.submit import JOB_FILE, entrypoint
+from cosmic_ray.submit import entrypoint
 
-_MOUNT = "/etc/cosmic-ray"
+_MOUNT, JOB_FILE = "/etc/cosmic-ray", "job.yaml"
 
 
 class Pods(Config):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import shlex
 import sys
-import tempfile
 import time
-from pathlib import Path
+import uuid
 from typing import Any
 
 import yaml
@@ -19,14 +19,15 @@ from cosmic_ray.progress import say
 from cosmic_ray.reach import TRACKING, relative, untold_tracking
 from cosmic_ray.registry.scrub import scrub_text
 
-JOB_FILE = "job.yaml"
 _AGENT_WAIT_S = 120
 _STOP_WAIT_S = 600
 """Ray kills what is still there so long after a stop; by default after 3 s, in which no checkpoint is saved."""
 _POLL_S = 1.0
+# What they tell (a package is uploaded, a socket closed) is Ray's business, in the middle of the job's log.
+_NOISY = ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk", "ray._private.runtime_env.packaging")
 
 
-def entrypoint(path: str = JOB_FILE) -> str:
+def entrypoint(path: str) -> str:
     """The command that runs a job file on the head node, where `cosmic_ray` is installed."""
     return f"cosmic-ray run {shlex.quote(path)}"
 
@@ -43,14 +44,12 @@ def submit(job: Job, address: str) -> str:
     environment = _environment()
     if TRACKING not in environment and (key := untold_tracking(job)):
         say(f"{key} is not given: {TRACKING} in the nodes' environment has to say where MLflow is")
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, JOB_FILE).write_text(yaml.safe_dump(job.resolved(), sort_keys=False))
-        wanted = {
-            "entrypoint": entrypoint(),
-            "runtime_env": {"working_dir": folder, "env_vars": environment},
-            "metadata": {"kind": job.kind, "out": job.out},
-        }
-        return _submitted(_client(address), wanted, address)
+    wanted = {
+        "entrypoint": _with_job(job),
+        "runtime_env": {"env_vars": environment},
+        "metadata": {"kind": job.kind, "out": job.out},
+    }
+    return _submitted(_client(address), wanted, address)
 
 
 def follow(address: str, submission: str) -> int:
@@ -100,6 +99,16 @@ def stop(address: str, submission: str) -> None:
     _client(address).stop_job(submission)
 
 
+def _with_job(job: Job) -> str:
+    """The command that runs a job, the job's text included.
+
+    As a file it would lie in a working directory of Ray's, which Ray removes and makes again, under the running job,
+    whenever another node that shares its session folder (several nodes on one machine do) needs it first.
+    """
+    end = f"END-{uuid.uuid4().hex}"
+    return f"{entrypoint('-')} <<'{end}'\n{yaml.safe_dump(job.resolved(), sort_keys=False)}{end}\n"
+
+
 def _environment() -> dict[str, str]:
     """What the job finds in its environment.
 
@@ -138,6 +147,8 @@ async def _tail(client: Any, submission: str) -> None:
 def _client(address: str) -> Any:
     from ray.job_submission import JobSubmissionClient
 
+    for name in _NOISY:
+        logging.getLogger(name).setLevel(logging.WARNING)
     try:
         return JobSubmissionClient(address)
     except (ConnectionError, RuntimeError, ValueError) as error:

@@ -84,6 +84,13 @@ def test_a_bad_file_exits_2_and_says_why_on_standard_error(tmp_path, text, messa
     assert message in ended.stderr and ended.stdout == "" and "Traceback" not in ended.stderr
 
 
+def test_a_job_is_read_from_standard_input_too(tmp_path):
+    text = "kind: split\nout: o\nstore: s\nseed: 1"
+    command = [sys.executable, "-m", "cosmic_ray.cli", "run", "-", "seed=2", "--dry-run", "--json"]
+    ended = subprocess.run(command, input=text, capture_output=True, text=True, timeout=60, check=True)
+    assert json.loads(ended.stdout)["seed"] == 2
+
+
 def test_a_missing_file_exits_2(tmp_path):
     ended = cosmic_ray("run", "nowhere.yaml", cwd=tmp_path)
     assert ended.returncode == 2 and "nowhere.yaml" in ended.stderr

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+
 import pytest
 
 from cosmic_ray import jobs
@@ -9,7 +13,7 @@ from cosmic_ray.describe import keys
 from cosmic_ray.errors import JobError
 from cosmic_ray.jobs import make
 from cosmic_ray.reach import TRACKING, require_lasting_tracking, require_reachable, uris
-from cosmic_ray.submit import _environment
+from cosmic_ray.submit import _environment, _with_job
 
 PRETRAIN = {"kind": "pretrain-mae", "out": "s3://b/fm", "crops": "s3://b/crops", "split": "s3://b/split"}
 EMBED = {"kind": "embed", "out": "/e", "store": "/c"}
@@ -107,3 +111,10 @@ def test_the_tracking_uri_goes_along_unless_it_holds_a_password(monkeypatch, cap
     monkeypatch.setenv(TRACKING, "sqlite:///runs/mlflow.db")
     with pytest.raises(JobError, match=r"MLFLOW_TRACKING_URI = .*another place"):
         _environment()
+
+
+def test_the_command_carries_the_job_whatever_its_text_holds(tmp_path):
+    job = make({**EMBED, "out": "/o'$(exit 9)`exit 9`\\n\"é", "store": "/c END\nEND\n"})
+    command = _with_job(job).replace("cosmic-ray run -", f"{sys.executable} -m cosmic_ray.cli run - --dry-run --json")
+    ended = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
+    assert json.loads(ended.stdout) == job.resolved(), ended.stderr
