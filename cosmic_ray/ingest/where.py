@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import difflib
 from concurrent.futures import ThreadPoolExecutor
+from typing import Annotated
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from pydantic import Discriminator, Field, Tag
 
 from cosmic_ray.config import Config
 from cosmic_ray.errors import JobError
@@ -28,7 +30,19 @@ MOST_VALUES = 254
 
 _THREADS, _AT_ONCE = 16, 256
 
-Condition = list[str] | list[float] | Between
+
+def _tag(value: object) -> str | None:
+    if isinstance(value, list):
+        return "values"
+    return "range" if isinstance(value, dict | Between) else None
+
+
+_Values = Annotated[list[str] | list[float], Field(min_length=1)]
+_SHAPE = "neither a list of values, as [U2OS], nor a range, as {min: 0, max: 1}"
+Condition = Annotated[
+    Annotated[_Values, Tag("values")] | Annotated[Between, Tag("range")],
+    Discriminator(_tag, custom_error_type="condition", custom_error_message=_SHAPE),
+]
 Where = dict[str, Condition]
 """For each column the values wanted, or their range; all conditions must hold."""
 

@@ -2,8 +2,9 @@
 
     python tests/benchmarks/shuffle.py
 
-A million rows of 20 plates in row groups of 512, once stored in hash order (as `build-crops` writes them) and once
-sorted by plate (the worst that an import can bring), drawn at the default lanes and window and at others.
+Row groups of 1,024 of 20 plates, once stored in hash order (as `build-crops` writes them) and once sorted by plate (the
+worst that an import can bring): a small store at the default lanes and window and at others, and one of 21.8 M rows at
+the defaults. `tests/benchmarks/plan.py` measures what a plan of that size costs.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ from cosmic_ray.ingest.lanes import LANES
 from cosmic_ray.ingest.plan import WINDOW, Plan
 from cosmic_ray.ingest.selection import Selection
 
-ROWS, GROUP, BATCH, PLATES = 2**20, 512, 256, 20
+GROUP, BATCH, PLATES = 1024, 256, 20
+SMALL, WHOLE = 64, 21_300
+"""Row groups."""
 
 
-def drawn_by_plan(lanes: int, window: int, epoch: int) -> np.ndarray:
-    """The stored positions of an epoch in drawn order: int64 (ROWS,)."""
-    selection = Selection(np.full(ROWS // GROUP, GROUP))
+def drawn_by_plan(groups: int, lanes: int, window: int, epoch: int) -> np.ndarray:
+    """The stored positions of an epoch in drawn order: int64 (groups * GROUP,)."""
+    selection = Selection(np.full(groups, GROUP))
     plan = Plan.fitted("benchmark", selection, BATCH, 1, lanes=lanes, window=window)
     steps = plan.steps_per_epoch
     samples = [plan.step(k) for k in range(epoch * steps, (epoch + 1) * steps)]
@@ -49,7 +52,8 @@ def mates(drawn: np.ndarray) -> float:
 
 def composition(drawn: np.ndarray, plates: np.ndarray) -> float:
     """Chi squared of a batch's plates over its degrees of freedom: 1 for a full permutation, 0 where all are alike."""
-    counts = np.stack([np.bincount(plates[batch], minlength=PLATES) for batch in drawn.reshape(-1, BATCH)])
+    rows = np.arange(len(drawn)) // BATCH * PLATES + plates[drawn]
+    counts = np.bincount(rows, minlength=len(drawn) // BATCH * PLATES).reshape(-1, PLATES)
     expected = BATCH / PLATES
     return float(((counts - expected) ** 2 / expected).sum(axis=1).mean() / (PLATES - 1))
 
@@ -63,21 +67,29 @@ def again(first: np.ndarray, second: np.ndarray) -> float:
     return same / (len(first) * (BATCH - 1)) / ((BATCH - 1) / (len(first) - 1))
 
 
-def main() -> None:
-    rng = np.random.default_rng(0)
-    ordered = np.arange(ROWS) * PLATES // ROWS
+def table(groups: int, ways: list[tuple[int, int]]) -> None:
+    """Print the figures of a store of so many row groups."""
+    rng, rows = np.random.default_rng(0), groups * GROUP
+    ordered = (np.arange(rows) * PLATES // rows).astype(np.uint8)
     hashed = rng.permutation(ordered)
+    print(f"\n{rows:,} rows in {groups:,} row groups, batch {BATCH}, {PLATES} plates\n")
     print("| order | distance | neighbours | one row group | plates, hash order | plates, sorted | pairs again |")
     print("|---|---|---|---|---|---|---|")
-    ways = [(LANES, WINDOW), (LANES, 1), (4, WINDOW), (1, WINDOW), (64, WINDOW)]
-    epochs = {
-        f"{lanes} lanes, window {window}": [drawn_by_plan(lanes, window, e) for e in (0, 1)] for lanes, window in ways
-    }
-    epochs = {"full permutation": [rng.permutation(ROWS) for _ in range(2)], **epochs}
-    for name, (first, second) in epochs.items():
+    permuted = ("full permutation", lambda epoch: rng.permutation(rows))
+    planned = [
+        (f"{lanes} lanes, window {window}", lambda epoch, way=(lanes, window): drawn_by_plan(groups, *way, epoch))
+        for lanes, window in ways
+    ]
+    for name, drawn in [permuted, *planned]:
+        first, second = drawn(0), drawn(1)
         figures = [distance(first), correlation(first), mates(first)]
         figures += [composition(first, hashed), composition(first, ordered), again(first, second)]
         print(f"| {name} | {' | '.join(f'{figure:.4f}' for figure in figures)} |", flush=True)
+
+
+def main() -> None:
+    table(SMALL, [(LANES, WINDOW), (LANES, 1), (4, WINDOW), (1, WINDOW), (64, WINDOW)])
+    table(WHOLE, [(LANES, WINDOW)])
 
 
 if __name__ == "__main__":
