@@ -4,7 +4,7 @@ BIN := .venv/bin
 # With it set, every Ray worker compiles all that it imports, again and again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install quickstart test test-all lint constraints clean
+.PHONY: install quickstart test test-all lint constraints manifests clean
 
 install: .venv/installed
 
@@ -31,6 +31,13 @@ lint: install
 # Names and versions alone: no index, no hosts, so that any mirror serves.
 constraints: install
 	$(BIN)/uv pip compile --quiet --upgrade --python-version 3.11 --extra test --no-header --no-annotate --no-emit-index-url --no-emit-find-links pyproject.toml --output-file constraints.txt
+
+# What each committed manifest's first line prints; a test holds them to it.
+manifests: install
+	for file in cluster/*.rayjob.yaml; do \
+	  line=$$(head -1 $$file); \
+	  { echo "$$line"; PATH="$(BIN):$$PATH" sh -c "$${line#\# }"; } > $$file.new && mv $$file.new $$file || exit 1; \
+	done
 
 clean:
 	rm -rf .venv .pytest_cache .hypothesis .ruff_cache

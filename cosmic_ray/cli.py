@@ -282,9 +282,11 @@ def _for_a_cluster(file: str, overrides: list[str]) -> Job:
         JobError: for what would mean another thing there.
     """
     from cosmic_ray.reach import require_reachable
+    from cosmic_ray.submit import require_no_secrets
 
     job = jobs.load(file, overrides)
     require_reachable(job)
+    require_no_secrets(job)
     return job
 
 

@@ -16,7 +16,7 @@ import yaml
 from cosmic_ray.config import Job
 from cosmic_ray.errors import CosmicError, JobError
 from cosmic_ray.progress import say
-from cosmic_ray.reach import TRACKING, relative, untold_tracking
+from cosmic_ray.reach import TRACKING, relative, untold_tracking, uris
 from cosmic_ray.registry.scrub import scrub_text
 
 _AGENT_WAIT_S = 120
@@ -97,6 +97,18 @@ def status(address: str, submission: str | None = None) -> list[dict[str, Any]]:
 def stop(address: str, submission: str) -> None:
     """Ask a running submission to stop; it gets a SIGTERM, on which a training job saves before it ends."""
     _client(address).stop_job(submission)
+
+
+def require_no_secrets(job: Job) -> None:
+    """Refuse a job whose URIs hold passwords or keys: a cluster shows its jobs to everyone, logs and dashboard alike.
+
+    Raises:
+        JobError: naming the key.
+    """
+    for key, uri in uris(job):
+        if (shown := scrub_text(uri)) != uri:
+            remedy = "leave it to the environment of the nodes: AWS's variables, MLFLOW_TRACKING_USERNAME and _PASSWORD"
+            raise JobError(key, shown, "holds a secret, which a cluster shows to everyone", remedy)
 
 
 def _with_job(job: Job) -> str:

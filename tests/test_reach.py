@@ -13,7 +13,7 @@ from cosmic_ray.describe import keys
 from cosmic_ray.errors import JobError
 from cosmic_ray.jobs import make
 from cosmic_ray.reach import TRACKING, require_lasting_tracking, require_reachable, uris
-from cosmic_ray.submit import _environment, _with_job
+from cosmic_ray.submit import _environment, _with_job, require_no_secrets
 
 PRETRAIN = {"kind": "pretrain-mae", "out": "s3://b/fm", "crops": "s3://b/crops", "split": "s3://b/split"}
 EMBED = {"kind": "embed", "out": "/e", "store": "/c"}
@@ -118,3 +118,10 @@ def test_the_command_carries_the_job_whatever_its_text_holds(tmp_path):
     command = _with_job(job).replace("cosmic-ray run -", f"{sys.executable} -m cosmic_ray.cli run - --dry-run --json")
     ended = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
     assert json.loads(ended.stdout) == job.resolved(), ended.stderr
+
+
+def test_a_job_with_a_password_is_not_shown_to_a_cluster():
+    require_no_secrets(make({**PRETRAIN, "crops": "s3://anonymous@b/crops"}))
+    with pytest.raises(JobError, match=r"^tracking\.uri = 'http://\*\*\*@mlflow:5000': holds a secret") as refused:
+        require_no_secrets(make({**PRETRAIN, "tracking": {"uri": "http://me:hunter22@mlflow:5000"}}))
+    assert "hunter22" not in str(refused.value)

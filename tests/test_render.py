@@ -25,7 +25,7 @@ def test_a_committed_manifest_is_what_its_first_line_prints(path, monkeypatch):
     program, *arguments = shlex.split(comment.removeprefix("# "))
     printed = CliRunner().invoke(app, arguments)
     assert (program, printed.exit_code) == ("cosmic-ray", 0), printed.output
-    assert manifest == printed.stdout, f"stale: keep the first line of {path} and put below it what that prints"
+    assert manifest == printed.stdout, f"{path.name} is stale: run `make manifests`"
 
 
 def test_the_image_and_the_manifests_are_of_the_pinned_ray():
