@@ -63,10 +63,7 @@ class Era:
         return self.first_step - (-(self._start(epoch) + self._taken(self._stretch(epoch).total)) // self._batch)
 
     def steps_of(self, lane: int, epoch: int, draws: np.ndarray) -> np.ndarray:
-        """The global batch that takes each of a lane's draws of an epoch, int64; draws that this era makes.
-
-        Under `drop`, draws that are left over get a later one than the epoch's last.
-        """
+        """The global batch that takes each of a lane's draws of an epoch, int64; draws that this era makes."""
         if not len(draws):
             return draws
         before = self.drawn[lane] if epoch == self.epoch else 0

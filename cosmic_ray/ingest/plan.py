@@ -313,14 +313,15 @@ class Plan:
 
     def _epoch_reads(self, lanes: range, epoch: int, first_step: int, last_step: int) -> list[WindowRead]:
         end = [era for era in self._eras if era.epoch <= epoch][-1].end(epoch)
+        made = next(high for drawn, _, high in self._parts(end - 1) if drawn == epoch)  # `drop` leaves the rest
         found = []
         for lane in lanes:
-            starts = self._orders.order(lane, epoch).starts
+            starts = np.minimum(self._orders.order(lane, epoch).starts, made[lane])
             windows = np.flatnonzero(np.diff(starts))
             first = self._steps_of(lane, epoch, starts[windows])
             last = self._steps_of(lane, epoch, starts[windows + 1] - 1)
-            needed = np.flatnonzero((last >= first_step) & (first < min(last_step, end)))
-            found += [(int(first[i]), lane, int(windows[i]), min(int(last[i]), end - 1)) for i in needed]
+            needed = np.flatnonzero((last >= first_step) & (first < last_step))
+            found += [(int(first[i]), lane, int(windows[i]), int(last[i])) for i in needed]
         return [
             WindowRead(
                 lane, epoch, window, self._groups_left(lane, epoch, window, first_step), max(first, first_step), last
@@ -339,10 +340,7 @@ class Plan:
         return tuple(groups.tolist())
 
     def _steps_of(self, lane: int, epoch: int, draws: np.ndarray) -> np.ndarray:
-        """The global batch that takes each of a lane's draws of an epoch, int64.
-
-        Under `drop`, draws that are left over get the epoch's last global batch plus one.
-        """
+        """The global batch that takes each of a lane's draws of an epoch, int64."""
         base, cutting = self._orders.lineage(epoch)
         steps = base.steps_of(lane, epoch, draws)
         for era in cutting:
