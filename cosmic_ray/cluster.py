@@ -43,7 +43,9 @@ def connect(num_cpus: int | None = None) -> Resources:
         logging.getLogger(name).setLevel(logging.ERROR)
     if not ray.is_initialized():
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        local = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": num_cpus, "include_dashboard": False}
+        # "local", or Ray would join whatever cluster was last started on this machine.
+        own = {"address": "local", "num_cpus": num_cpus, "include_dashboard": False}
+        local = {} if os.environ.get("RAY_ADDRESS") else own
         ray.init(logging_level=logging.WARNING, log_to_driver=True, **local)
     interrupt_on_sigterm()
     context = DataContext.get_current()

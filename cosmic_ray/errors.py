@@ -63,6 +63,10 @@ class NotFoundError(DataError):
     """Nothing is stored at this URI."""
 
 
+class DamagedError(DataError):
+    """What is stored at this URI is not what was written."""
+
+
 class FencedError(CosmicError):
     """Another live run holds this output."""
 

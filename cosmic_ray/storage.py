@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 
 from cosmic_ray import s3
-from cosmic_ray.errors import DataError, JobError, NotFoundError
+from cosmic_ray.errors import DamagedError, DataError, JobError, NotFoundError
 
 _PART = ".part-"
 _STALE_S = 24 * 3600.0
@@ -78,7 +78,7 @@ def read_range(uri: str, start: int, length: int) -> bytes:
     """`length` bytes of one object from byte `start`.
 
     Raises:
-        DataError: as `read_bytes`, and where it ends before `start + length`.
+        DamagedError: where it ends before `start + length`.
     """
     if not length:
         return b""
@@ -89,7 +89,8 @@ def read_range(uri: str, start: int, length: int) -> bytes:
             file.seek(start)
             data = file.read(length)
     if len(data) != length:
-        raise DataError(uri, f"ends early: {len(data)} of {length} bytes at offset {start}", "the object is truncated")
+        problem = f"ends early: {len(data)} of {length} bytes at offset {start}"
+        raise DamagedError(uri, problem, "the object is truncated")
     return data
 
 

@@ -94,6 +94,7 @@ def ray_local(s3_server: str) -> Iterator[None]:
 
     os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
     ray.init(
+        address="local",
         num_cpus=4,
         object_store_memory=300 * 2**20,
         include_dashboard=False,

@@ -96,7 +96,7 @@ def _chunk(k: int, steps: int, spec: CropSpec, crops: np.ndarray) -> pa.Table:
 
 
 def _failed(k: int, error: DataError) -> pa.Table:
-    said = json.dumps({"uri": error.uri, "problem": error.problem, "remedy": error.remedy})
+    said = json.dumps([type(error).__name__, error.uri, error.problem, error.remedy])
     return pa.table([[k], [0], [[]], [b""], [""], [said]], schema=SCHEMA)
 
 

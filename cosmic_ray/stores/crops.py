@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from cosmic_ray import storage
-from cosmic_ray.errors import DataError, NotFoundError
+from cosmic_ray.errors import DamagedError, NotFoundError
 from cosmic_ray.output import MANIFEST, manifest_bytes
 from cosmic_ray.stores import manifest as form
 from cosmic_ray.stores.columns import images, table_schema
@@ -235,7 +235,7 @@ def _read(shard: str, start: int, length: int) -> bytes:
         raise NotFoundError(shard, problem, "restore it or rebuild the store") from None
 
 
-def _damaged(group: RowGroup, problem: str) -> DataError:
-    return DataError(
+def _damaged(group: RowGroup, problem: str) -> DamagedError:
+    return DamagedError(
         group.shard, f"row group {group.within}: {problem}", "the shard was damaged: restore it or rebuild the store"
     )

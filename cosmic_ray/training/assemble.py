@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from cosmic_ray import storage
 from cosmic_ray.errors import JobError, NotFoundError
-from cosmic_ray.training import beginning, checkpoint
+from cosmic_ray.training import beginning, checkpoint, exclusions
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,9 +35,10 @@ class Inputs:
     split: Split
     plan: Plan
     held_out: np.ndarray
-    """Rows of the split's `val` that the job's filter leaves: int64, ascending."""
+    """Rows of the split's `val` that the job's filter and exclusions leave: int64, ascending."""
     steps: int
     model: MAEConfig
+    left_out: list[exclusions.Exclusion]
 
 
 def inputs(job: PretrainMAE) -> Inputs:
@@ -50,7 +51,9 @@ def inputs(job: PretrainMAE) -> Inputs:
     store, split = opened(job)
     model = mae_config(job, store)
     plan, held_out = planned(job, store, split)
-    return Inputs(store, split, plan, held_out, job.steps or plan.steps(job.epochs), model)
+    left_out = exclusions.read(job.out)
+    steps, held_out = job.steps or plan.steps(job.epochs), exclusions.kept(left_out, store, held_out)
+    return Inputs(store, split, exclusions.applied(left_out, plan), held_out, steps, model, left_out)
 
 
 def opened(job: PretrainMAE) -> tuple[CropStore, Split]:
@@ -83,13 +86,9 @@ def planned(job: PretrainMAE, store: CropStore, split: Split) -> tuple[Plan, np.
 
 
 def current_plan(job: PretrainMAE) -> tuple[CropStore, Plan]:
-    """The store, and the run's own plan: with the exclusions that its newest checkpoint knows. Raises as `inputs`."""
-    from cosmic_ray.ingest.cursor import Cursor
-
+    """The store, and the run's own plan, with its exclusions so far. Raises as `inputs`."""
     store, split = opened(job)
-    plan, _ = planned(job, store, split)
-    newest = checkpoint.newest(checkpoint.within(job.out))
-    return store, Cursor.from_json(checkpoint.read_state(newest)["cursor"]).plan(plan) if newest else plan
+    return store, exclusions.applied(exclusions.read(job.out), planned(job, store, split)[0])
 
 
 def check(job: PretrainMAE) -> None:

@@ -48,7 +48,12 @@ class TrainingFailed(CosmicError):
 
 
 def train(
-    job: TrainingJob, steps: int, gpus_per_worker: float, callbacks: Sequence[Callback], require: Callable[[], None]
+    job: TrainingJob,
+    steps: int,
+    gpus_per_worker: float,
+    callbacks: Sequence[Callback],
+    require: Callable[[], None],
+    mend: Callable[[Mapping[str, Any]], bool] = lambda failure: False,
 ) -> int:
     """Train until the last step; Ray must be up.
 
@@ -58,6 +63,8 @@ def train(
         gpus_per_worker: 0 trains on CPUs.
         callbacks: told in this process, in order.
         require: raises where this process may no longer write to the job's `out`; asked all the time.
+        mend: whether the run can go on after a failure that starting again alone would not mend; what it was, in
+            `type`, `text`, and of a DataError `uri` and `problem`.
 
     Returns:
         The steps done.
@@ -87,6 +94,10 @@ def train(
                 if failures > job.scaling.max_failures:
                     raise TrainingFailed(f"{failures} attempts in a row got no further: {follow.reason}")
                 say(f"{follow.reason}; starting the workers again from {storage.name(after) if after else 'the start'}")
+            elif ending["ending"] == "failed":
+                if not mend(ending):
+                    raise TrainingFailed(ending["text"], ending["exit_code"])
+                failures = 0
             elif ending["ending"] == "finished":
                 return ending["step"]
             elif stop.is_set():
@@ -165,10 +176,9 @@ class _Follower:
         """Why the last attempt failed, or was asked to stop."""
 
     def until_done(self, attempt: _Attempt, crew: Crew) -> dict[str, Any] | None:
-        """What the workers returned; None where they died and may be started again.
+        """What the workers returned, or the failure that starting again would not mend; None where they died.
 
         Raises:
-            TrainingFailed: where starting again would mend nothing.
             FencedError: where another run has taken `out` over.
         """
         import ray
@@ -187,7 +197,7 @@ class _Follower:
         if attempt.result is not None:
             return attempt.result
         if failure := ray.get(self._wire.failure.remote()):
-            raise TrainingFailed(failure["text"], failure["exit_code"])
+            return {"ending": "failed", **failure}
         if self._stop.is_set():
             raise KeyboardInterrupt
         if not isinstance(attempt.error, TrainingFailedError | ray.exceptions.RayError):

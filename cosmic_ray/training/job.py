@@ -70,7 +70,7 @@ class PretrainMAE(Job):
 
     kind: ClassVar[str] = "pretrain-mae"
     incidental: ClassVar[frozenset[str]] = frozenset(
-        {"scaling", "tracking", "compile", "micro_batch", "checkpoint", "eval", "log_every"}
+        {"scaling", "tracking", "compile", "micro_batch", "checkpoint", "eval", "log_every", "on_bad_shard"}
     )
 
     crops: Uri
@@ -124,6 +124,10 @@ class PretrainMAE(Job):
 
     data: DataOrder = DataOrder()
     """The order of the crops."""
+
+    on_bad_shard: Literal["stop", "exclude"] = "stop"
+    """A shard that is missing or not what was written ends the run, or is left out from its newest checkpoint on: told,
+    counted in the metrics, and kept in the manifest. One that cannot be reached ends the run in any case."""
 
     precision: Literal["auto", "fp32", "bf16", "fp64"] = "auto"
     """`bf16` is autocast, weights stay float32; `auto` takes it on a GPU that has it, else `fp32`."""

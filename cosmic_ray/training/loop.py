@@ -47,6 +47,9 @@ class Data(Protocol):
     def require(self, cursor: Mapping[str, Any]) -> None:
         """Raise JobError where `cursor` belongs to other data."""
 
+    def counts(self) -> Mapping[str, float]:
+        """What every line of metrics tells of the data: what is left out of it, for one."""
+
 
 class Callback(Protocol):
     """Told what happens, in plain data, on rank 0 alone. A step is told as the number of steps done."""
@@ -218,7 +221,8 @@ class Loop:
         self._meter.add(numbers.sums, {**numbers.norms, **rates}, numbers.told["wait_s"] / self.collective.world)
         done = step + 1
         if done % self.settings.log_every == 0 or done == steps:
-            self._tell("on_step", done, {f"train/{name}": value for name, value in self._meter.line().items()})
+            line = {**self._meter.line(), **self.data.counts()}
+            self._tell("on_step", done, {f"train/{name}": value for name, value in line.items()})
 
     def _non_finite(self, launched: Launched, problem: str) -> NonFiniteError:
         """The same error on every rank."""

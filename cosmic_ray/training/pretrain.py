@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import statistics
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from cosmic_ray import cluster, storage
 from cosmic_ray.errors import NotFoundError
 from cosmic_ray.output import MANIFEST, Output, claim
 from cosmic_ray.progress import say
-from cosmic_ray.training import assemble, beginning, checkpoint
+from cosmic_ray.training import assemble, beginning, checkpoint, exclusions
 from cosmic_ray.training.record import METRICS, read_metrics
 
 if TYPE_CHECKING:
@@ -52,7 +53,11 @@ def _make(job: PretrainMAE, output: Output) -> None:
     with _tracker(job, lineage, found.store.simulated) as tracker:
         for line in read_metrics(output.at(METRICS)) if tracker else []:
             tracker.on_step(line.pop("step"), line)  # what a killed driver did not deliver; the rest is known
-        steps = train(job, found.steps, gpus, [tracker] if tracker else [], output.require)
+        exclude = partial(exclusions.add, output, found.store) if job.on_bad_shard == "exclude" else lambda _: False
+        steps = train(job, found.steps, gpus, [tracker] if tracker else [], output.require, exclude)
+        if left_out := [each.model_dump() for each in exclusions.read(output.uri)]:
+            found = assemble.inputs(job)
+            lineage["plan"] = found.plan.digest
         results = _finish(job, output, found, lineage | {"step": steps}, tracker)
         output.publish(
             {
@@ -60,6 +65,7 @@ def _make(job: PretrainMAE, output: Output) -> None:
                 "version": VERSION,
                 "job": job.resolved(),
                 "lineage": lineage,
+                "exclusions": left_out,
                 "content_hash": results["content_hash"],
                 "simulated": found.store.simulated,
                 "results": results,
@@ -82,6 +88,8 @@ def _finish(
         tracker.picture(output.at(PICTURE))
         if job.tracking.register_as:
             tracker.register(output.at(MODEL), job.tracking.register_as, job.tracking.alias)
+    if found.left_out:
+        metrics["excluded_crops"] = sum(each.crops for each in found.left_out)
     facts = {"model": output.at(MODEL), "steps": lineage["step"], "weights": checkpoint.digest(newest)}
     return {**facts, **metrics, "content_hash": config.digest}
 

@@ -14,7 +14,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cosmic_ray.errors import CosmicError
+from cosmic_ray.errors import CosmicError, DataError
 
 EXCHANGE_S = 0.2
 SAY = "say"
@@ -49,7 +49,8 @@ class _Wire:
         self._failure = self._failure or failure
 
     def failure(self) -> dict[str, Any] | None:
-        return self._failure
+        failure, self._failure = self._failure, None
+        return failure
 
     def go_on(self) -> None:
         self._stopping = False
@@ -100,6 +101,8 @@ class Link:
     def fail(self, error: CosmicError) -> None:
         """Tell an error that is the user's to mend: the driver will not start again."""
         failure = {"text": str(error), "exit_code": error.exit_code, "type": type(error).__name__}
+        if isinstance(error, DataError):
+            failure |= {"uri": error.uri, "problem": error.problem}
         ray.get(self._wire.fail.remote(failure), timeout=_PATIENCE_S)
 
     def on_start(self, info: Mapping[str, Any]) -> None:

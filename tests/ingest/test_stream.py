@@ -16,7 +16,7 @@ import torch
 from faulty import FaultyProxy
 
 from cosmic_ray import storage
-from cosmic_ray.errors import DataError, JobError
+from cosmic_ray.errors import DataError, JobError, NotFoundError
 from cosmic_ray.ingest.plan import Plan
 from cosmic_ray.ingest.selection import Selection
 from cosmic_ray.ingest.stream import Batch, batches, plain_batches
@@ -165,7 +165,7 @@ def test_a_damaged_shard_is_named_through_ray(store: CropStore, ray_local: None)
     with pytest.raises(DataError) as caught:
         for batch in batches(store.uri, plan, 0, 1, 0, plan.steps(1)):
             came.append(batch.step)
-    assert type(caught.value) is DataError and caught.value.uri == shard and "missing" in caught.value.problem
+    assert type(caught.value) is NotFoundError and caught.value.uri == shard and "missing" in caught.value.problem
     assert came == list(range(len(came))) and came
 
 

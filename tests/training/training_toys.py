@@ -104,6 +104,9 @@ class Samples:
     def cursor(self, step: int) -> dict[str, Any]:
         return {"position": step * self._batch}
 
+    def counts(self) -> dict[str, float]:
+        return {}
+
     def require(self, cursor: Mapping[str, Any]) -> None:
         assert cursor["position"] % self._batch == 0
 
