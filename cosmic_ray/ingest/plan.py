@@ -330,10 +330,10 @@ class Plan:
         ]
 
     def _groups_left(self, lane: int, epoch: int, window: int, first_step: int) -> tuple[int, ...]:
-        """The row groups of a window that are drawn from at `first_step` or later."""
+        """The row groups of a window; of one that an exclusion shortened, those drawn from at `first_step` or later."""
         order = self._orders.order(lane, epoch)
         groups = order.window_groups(window)
-        if order.exclusions:
+        if np.isin(groups, [group for exclusion in order.exclusions for group in exclusion.groups]).any():
             rows = self.window_rows(lane, epoch, window)
             steps = self._steps_of(lane, epoch, np.arange(order.starts[window], order.starts[window + 1]))
             groups = groups[np.isin(groups, rows[0, steps >= first_step])]

@@ -114,8 +114,3 @@ class Selection:
 
     def _with(self, mask: np.ndarray) -> Selection:
         return Selection(self.sizes, mask)
-
-
-def shard_groups(store: CropStore, uri: str) -> list[int]:
-    """The row groups of the shard at `uri`, as a DataError names it; none where `uri` is no shard of the store."""
-    return [group.index for group in store.row_groups if group.shard == uri]

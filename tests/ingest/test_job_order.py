@@ -15,10 +15,10 @@ from typer.testing import CliRunner
 from cosmic_ray import storage
 from cosmic_ray.cli import app
 from cosmic_ray.errors import CosmicError, JobError
-from cosmic_ray.ingest.cursor import Cursor
 from cosmic_ray.ingest.show import crop_ids
 from cosmic_ray.jobs import make
-from cosmic_ray.training import assemble, checkpoint
+from cosmic_ray.output import encode
+from cosmic_ray.training import assemble, exclusions
 
 LINES = {"cell_line": ["HeLa"]}
 
@@ -114,11 +114,12 @@ class TestPlanVerb:
         options = ["--split", crops.split, "--global-batch", "16", "--lanes", "4", "--step", "3"]
         assert shown(file, "--step", "3") == shown(crops.store.uri, *options)
 
-    def test_with_the_exclusions_of_the_newest_checkpoint(self, crops: Crops) -> None:
+    def test_with_what_the_run_left_out(self, crops: Crops) -> None:
         file = job_file(crops, "excluded")
         plan = assemble.inputs(crops.job("excluded")).plan.excluding([0, 1], 5)
-        state = {"step": 6, "cursor": Cursor.at(plan, 6).to_json()}
-        checkpoint.publish(storage.join(crops.folder, "excluded", "checkpoints"), 6, {}, state, 0)
+        left_out = exclusions.Exclusion(step=5, shard="s", problem="damaged", row_groups=[0, 1], crops=40)
+        at = storage.join(crops.folder, "excluded", exclusions.FILE)
+        storage.write_bytes(at, encode({"exclusions": [left_out.model_dump()]}))
         for step in (4, 5, 30):
             found = shown(file, "--step", str(step))
             assert found["crop_ids"] == crop_ids(crops.store, plan.step(step)) and found["plan"] == plan.digest
