@@ -17,6 +17,7 @@ from cosmic_ray.errors import JobError
 from cosmic_ray.ingest.mixing import Mixed, Mixing, mixed, quotas
 from cosmic_ray.ingest.plan import Plan
 from cosmic_ray.ingest.selection import Selection
+from cosmic_ray.ingest.stream import plain_batches
 from cosmic_ray.stores.crops import CropStore
 
 
@@ -157,6 +158,20 @@ class TestStore:
         found = Counter(lines[drawn].tolist())
         assert [found[value] for value in values] == quotas(weights, 100)
         assert mixed(store, half, Mixing(column="cell_line", weights=weights), 0).total == 60
+
+    @pytest.mark.parametrize("world", [1, 3])
+    def test_the_stream_repeats_crops_as_the_plan_does(self, store: CropStore, world: int) -> None:
+        lines = sorted(set(store.metadata(["cell_line"])["cell_line"].to_pylist()))
+        weights = dict(zip(lines, [9.0, *[1.0] * (len(lines) - 1)], strict=True))
+        mixture = mixed(store, Selection.all(store), Mixing(column="cell_line", weights=weights), 0)
+        plan, images = Plan.fitted(store.content_hash, mixture, 16, 0, lanes=4), store.crops(np.arange(120))
+        drawn: Counter[int] = Counter()
+        for rank in range(world):
+            for batch in plain_batches(store.uri, plan, rank, world, 0, 15):
+                rows = store.group_starts[batch.samples.row_group] + batch.samples.row
+                assert np.array_equal(batch.images.numpy(), images[rows])
+                drawn.update(rows.tolist())
+        assert drawn.total() == 15 * 16 and max(drawn.values()) > 2
 
     @pytest.mark.parametrize(
         ("tree", "message"),
