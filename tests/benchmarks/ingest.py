@@ -1,6 +1,8 @@
 """How fast shuffled crops come out of a store into one consumer's staging buffers, and in how much memory.
 
-    python tests/benchmarks/ingest.py                  rates, first batch, CPU
+    python tests/benchmarks/ingest.py [STORE]          rates, first batch, CPU
+    python tests/benchmarks/ingest.py --peers          beside those of torch DataLoader over a memory map, MosaicML
+                                                       streaming, webdataset, Hugging Face datasets that are installed
     python tests/benchmarks/ingest.py --memory         memory at 1x and 10x rows
     python tests/benchmarks/ingest.py --full-scale     first batch with the plan of 21.8 M rows
 
@@ -28,7 +30,9 @@ import pyarrow.parquet as pq
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from making import make_rows, publish_entries
+from peers import Way, peers
 
+from cosmic_ray import storage
 from cosmic_ray.ingest.plan import Plan
 from cosmic_ray.ingest.selection import Selection
 from cosmic_ray.ingest.stream import batches, plain_batches, reading_bytes
@@ -39,8 +43,6 @@ from cosmic_ray.stores.writer import encode_shard, write_shard
 
 BATCH = 256
 SPEC = CropSpec(channels=("DNA",), height=128, width=128)
-Way = Callable[[int], Iterator[int]]
-"""Hands out the sizes of so many batches, each copied into a staging buffer."""
 
 
 def build(out: str, shards: int, compression: str, rows_per_group: int = 512) -> CropStore:
@@ -92,41 +94,6 @@ def in_process(store: CropStore, plan: Plan) -> Way:
     return way
 
 
-def memory_map(store: CropStore, folder: Path, workers: int) -> Way:
-    """A peer: a torch DataLoader over a memory map of raw crops, shuffled, whole batches at a time."""
-    import torch
-    from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
-
-    path = folder / "raw.bin"
-    if not path.exists():
-        with open(path, "wb") as file:
-            for table in store.batches(4096, ["image"]):
-                images(table, store.spec).tofile(file)
-    raw = np.memmap(path, np.uint8, "r", shape=(len(store), *store.spec.shape))
-
-    class Crops(Dataset):
-        def __len__(self) -> int:
-            return len(raw)
-
-        def __getitem__(self, rows: list[int]) -> torch.Tensor:
-            return torch.from_numpy(raw[rows])
-
-    def way(steps: int) -> Iterator[int]:
-        staging = torch.empty((BATCH, *store.spec.shape), dtype=torch.uint8)
-        data = Crops()
-        done = 0
-        while done < steps:
-            sampler = BatchSampler(RandomSampler(data), BATCH, drop_last=True)
-            for batch in DataLoader(data, sampler=sampler, batch_size=None, num_workers=workers):
-                staging.copy_(batch)
-                yield len(batch)
-                done += 1
-                if done == steps:
-                    break
-
-    return way
-
-
 def ours(stream: Callable, store: CropStore, plan: Plan) -> Way:
     def way(steps: int) -> Iterator[int]:
         for batch in stream(store.uri, plan, 0, 1, 0, steps):
@@ -174,6 +141,8 @@ def cpu_seconds() -> float:
         try:
             spent = process.cpu_times()
             total += spent.user + spent.system
+            if process == me:  # a DataLoader's workers, which have ended
+                total += spent.children_user + spent.children_system
         except psutil.NoSuchProcess:
             continue
     return total
@@ -207,12 +176,10 @@ def busy_seconds() -> float:
     return sum(times) - times.idle - times.iowait
 
 
-def rates(folder: Path, rounds: int, steps: int, compression: str, calm: float) -> None:
-    store = build(str(folder / f"store-{compression}"), 20, compression)
+def rates(store: CropStore, others: dict[str, Way], rounds: int, steps: int, calm: float) -> None:
     plan = plan_of(store)
     ways: dict[str, Way] = {
-        "torch DataLoader over a memory map, 0 workers": memory_map(store, folder, 0),
-        "torch DataLoader over a memory map, 2 workers": memory_map(store, folder, 2),
+        **others,
         "in-process pyarrow, same plan": in_process(store, plan),
         "plain_batches, same plan, verified": ours(plain_batches, store, plan),
         "batches through Ray Data, same plan, verified": ours(batches, store, plan),
@@ -229,9 +196,7 @@ def rates(folder: Path, rounds: int, steps: int, compression: str, calm: float) 
                 found[name].append(result)
             print(f"  {name}: {result.rate:,.0f} (others {result.others:.0%})", file=sys.stderr, flush=True)
     size = sum(group.nbytes for group in store.row_groups) / len(store)
-    print(
-        f"\n{compression}, {size:,.0f} bytes a crop, batch {BATCH}, {plan.spec.lanes} lanes, window {plan.spec.window}"
-    )
+    print(f"\n{store.uri}: {size:,.0f} bytes a crop, batch {BATCH}, {plan.spec.lanes} lanes, window {plan.spec.window}")
     print(f"{rounds} rounds of {steps} batches\n")
     print("| way | images/s | range | first batch, s | images per CPU-s | others' share of the CPUs |")
     print("|---|---|---|---|---|---|")
@@ -327,6 +292,8 @@ def full_scale(folder: Path, rounds: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("store", nargs="?", help="URI of a crop store; one is made by default")
+    parser.add_argument("--peers", action="store_true", help="beside the peers that are installed")
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--full-scale", action="store_true")
     parser.add_argument("--rounds", type=int, default=5)
@@ -350,7 +317,10 @@ def main() -> None:
         elif options.full_scale:
             full_scale(Path(folder), options.rounds)
         else:
-            rates(Path(folder), options.rounds, options.steps, options.compression, options.calm)
+            at = options.store or build(f"{folder}/store-{options.compression}", 20, options.compression).uri
+            store = CropStore.open(storage.absolute(at))
+            others = peers(store, Path(folder), BATCH) if options.peers else {}
+            rates(store, others, options.rounds, options.steps, options.calm)
     ray.shutdown()
 
 
