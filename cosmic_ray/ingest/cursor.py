@@ -27,16 +27,6 @@ class Cursor:
         """The cursor of a run that has committed the global batches 0..step-1."""
         return cls(plan.digest, step * plan.spec.global_batch, plan.spec.exclusions)
 
-    def plan(self, plan: Plan) -> Plan:
-        """The cursor's own plan, from the `plan` of the same job without exclusions.
-
-        Raises:
-            JobError: where that is another job's plan.
-        """
-        found = plan.with_exclusions(self.exclusions)
-        self.step(found)
-        return found
-
     def step(self, plan: Plan) -> int:
         """The next global batch. `plan` may exclude more than the cursor's did, from this batch on.
 

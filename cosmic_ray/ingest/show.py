@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from cosmic_ray.errors import JobError
 from cosmic_ray.ingest.lanes import LANES
 from cosmic_ray.ingest.plan import WINDOW, Plan, Remainder, Samples
@@ -68,9 +66,5 @@ def crop_ids(store: CropStore, samples: Samples) -> list[str]:
 
     Raises DataError where one cannot be read.
     """
-    found = np.empty(len(samples.row), dtype=object)
-    for group in np.unique(samples.row_group):
-        here = samples.row_group == group
-        ids = store.read_row_group(int(group), ["crop_id"])["crop_id"].to_numpy()
-        found[here] = ids[samples.row[here]]
-    return found.tolist()
+    rows = store.group_starts[samples.row_group] + samples.row
+    return store.metadata(["crop_id"], rows)["crop_id"].to_pylist()

@@ -13,6 +13,7 @@ import torch
 from cosmic_ray.errors import JobError
 from cosmic_ray.ingest.cursor import Cursor
 from cosmic_ray.ingest.plan import Plan
+from cosmic_ray.ingest.show import crop_ids
 from cosmic_ray.ingest.stream import Batch
 from cosmic_ray.stores.crops import CropStore
 from cosmic_ray.training.objective import Share
@@ -87,13 +88,7 @@ class CropData:
 
     def crop_ids(self, step: int) -> list[str]:
         """The ids of this rank's share of global batch `step`, in order."""
-        samples = self._plan.rank_step(step, self._plan.lanes_of(self._rank, self._world))
-        found = np.empty(len(samples.row), dtype=object)
-        for group in np.unique(samples.row_group):
-            ids = self._store.read_row_group(int(group), ["crop_id"])["crop_id"].to_numpy(zero_copy_only=False)
-            here = samples.row_group == group
-            found[here] = ids[samples.row[here]]
-        return found.tolist()
+        return crop_ids(self._store, self._plan.rank_step(step, self._plan.lanes_of(self._rank, self._world)))
 
     @cached_property
     def _held_out(self) -> Share:
