@@ -6,13 +6,14 @@ a third of its import, and keeps the server's own error codes.
 
 from __future__ import annotations
 
-import functools
 import os
 import random
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from json import JSONDecodeError
 from typing import Any, NamedTuple, TypeVar
 
 from cosmic_ray.errors import CosmicError, DataError, JobError, NotFoundError
@@ -26,18 +27,32 @@ PART_BYTES = 32 * 2**20
 _PARALLEL = 8
 _ENVIRONMENT = (
     *("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION"),
-    *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE"),
+    *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE", "AWS_DEFAULT_PROFILE"),
+    *("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"),
     *("AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION"),
 )
 _PASSING = {"SlowDown", "RequestTimeout", "InternalError", "ServiceUnavailable", "ConditionalRequestConflict"}
 _REFUSED = {
     "InvalidAccessKeyId": ("the server does not know this access key", "check AWS_ACCESS_KEY_ID or AWS_PROFILE"),
     "SignatureDoesNotMatch": ("the secret key is wrong", "check AWS_SECRET_ACCESS_KEY"),
-    "ExpiredToken": ("the temporary credentials have expired", "renew them and run the same file again"),
+    "ExpiredToken": (
+        "the temporary credentials have expired",
+        "set new ones and run the same file again; a profile with a role, SSO or credential_process renews its own",
+    ),
     "InvalidToken": ("the session token is not valid", "check AWS_SESSION_TOKEN"),
     "RequestTimeTooSkewed": ("this machine's clock is wrong", "set it by NTP"),
 }
+_ENDPOINT = "is AWS_ENDPOINT_URL right, and up?"
+_RENEW = "renew what AWS_PROFILE names (a role, SSO, credential_process, a file) and run the same file again"
 T = TypeVar("T")
+
+
+class _Passing(NamedTuple):
+    """Why a call has to be made again, and what to say where that never helps."""
+
+    reason: str
+    awaited: str = "answer"
+    remedy: str = _ENDPOINT
 
 
 class Place(NamedTuple):
@@ -150,7 +165,15 @@ def _put_parts(uri: str, data: memoryview, condition: dict[str, str]) -> None:
 def size(uri: str) -> int:
     """Bytes of an object."""
     place = locate(uri)
-    return int(_call(uri, lambda client: client.head_object(Bucket=place.bucket, Key=place.key))["ContentLength"])
+
+    # Not HEAD: its answer has no body, so that a refusal would not say why.
+    def first_byte(client: Any) -> int:
+        answer = client.get_object(Bucket=place.bucket, Key=place.key, Range="bytes=0-0")
+        total = answer.get("ContentRange", f"/{answer['ContentLength']}").rsplit("/", 1)[1]
+        answer["Body"].close() if answer["ContentLength"] > 1 else answer["Body"].read()
+        return int(total)
+
+    return _call(uri, first_byte, beyond=0)
 
 
 def exists(uri: str) -> bool:
@@ -189,46 +212,74 @@ def _call(uri: str, attempt: Callable[[Any], T], beyond: T | None = None) -> T:
     """Let `attempt` use a client until it answers or a deadline passes; past an object's end the answer is `beyond`."""
     from botocore.exceptions import BotoCoreError, ClientError
 
-    place, started, pause, renewed = locate(uri), time.monotonic(), 0.2, False
+    place, started, pause = locate(uri), time.monotonic(), 0.2
     while True:
         key = (place.anonymous, os.getpid(), *map(os.environ.get, _ENVIRONMENT))
-        client = _client(key)
+        client = None
         try:
+            client = _client(key)
             answer = attempt(client)
             _answered.add(key)
             return answer
         except ClientError as error:
-            _answered.add(key)
             if beyond is not None and error.response["Error"].get("Code") in ("InvalidRange", "416"):
                 return beyond
-            if error.response["Error"].get("Code") == "ExpiredToken" and not renewed:
-                renewed = True
-                _client.cache_clear()
-                continue
             problem = _final(uri, place, error)
-        except (BotoCoreError, OSError) as error:
-            problem = _unreachable(uri, error)
+            if error.response["Error"].get("Code") == "ExpiredToken" and "AWS_ACCESS_KEY_ID" not in os.environ:
+                # Those of a file or a process may be new by now, though botocore takes the old ones for good.
+                _forget(key, client)
+                problem = _Passing("the old ones have expired", "new credentials", _RENEW)
+            else:
+                _answered.add(key)
+        except (BotoCoreError, OSError, RuntimeError, JSONDecodeError) as error:
+            problem = _unreachable(uri, error, key in _answered)
         if isinstance(problem, Exception):
             raise problem from None
         deadline = RETRY_DEADLINE_S if key in _answered else FIRST_DEADLINE_S
         if time.monotonic() + pause > started + deadline:
-            raise DataError(uri, f"no answer in {deadline:.0f} s: {problem}", "is AWS_ENDPOINT_URL right, and up?")
+            raise DataError(uri, f"no {problem.awaited} in {deadline:.0f} s: {problem.reason}", problem.remedy)
         time.sleep(pause * random.uniform(0.5, 1.0))
         pause = min(pause * 2, 10.0)
 
 
 _answered: set[tuple[Any, ...]] = set()
+_clients: dict[tuple[Any, ...], Any] = {}
+_CLIENTS_KEPT = 16
+_making = threading.Lock()
 
 
-@functools.lru_cache(maxsize=16)
+def _after_fork() -> None:
+    global _making
+    _making = threading.Lock()  # another thread of the parent may have held it
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
 def _client(key: tuple[Any, ...]) -> Any:
-    """One per process and environment: a forked child must not share its parent's connections."""
+    """One per process and environment, for all threads: a forked child must not share its parent's connections."""
+    with _making:
+        if key not in _clients:
+            while len(_clients) >= _CLIENTS_KEPT:
+                _clients.pop(next(iter(_clients)))
+            _clients[key] = _made(anonymous=key[0])
+        return _clients[key]
+
+
+def _forget(key: tuple[Any, ...], client: Any) -> None:
+    """Have the next call make a client with credentials of its own, unless another thread has seen to it."""
+    with _making:
+        if _clients.get(key) is client:
+            del _clients[key]
+
+
+def _made(anonymous: bool) -> Any:
     import botocore.session
     from botocore import UNSIGNED
     from botocore.config import Config
 
     config = Config(
-        signature_version=UNSIGNED if key[0] else None,
+        signature_version=UNSIGNED if anonymous else None,
         retries={"total_max_attempts": 1},
         connect_timeout=10,
         read_timeout=30,
@@ -238,7 +289,7 @@ def _client(key: tuple[Any, ...]) -> Any:
     return botocore.session.get_session().create_client("s3", config=config)
 
 
-def _final(uri: str, place: Place, error: Any) -> Exception | str:
+def _final(uri: str, place: Place, error: Any) -> Exception | _Passing:
     """What a server's error means: an exception to raise, or, where it will pass, the reason to try again."""
     code = error.response["Error"].get("Code", "")
     status = error.response["ResponseMetadata"]["HTTPStatusCode"]
@@ -252,27 +303,35 @@ def _final(uri: str, place: Place, error: Any) -> Exception | str:
     if status == 404:
         return NotFoundError(uri, "not found")
     if status >= 500 or status in (408, 429) or code in _PASSING:
-        return f"{status} {text}"
+        return _Passing(f"{status} {text}")
+    if place.anonymous and status in (400, 401, 403):  # 400: some servers only know signed requests
+        remedy = "this bucket is not public: leave out anonymous@ and set credentials"
+        return DataError(uri, f"access refused: {text}", remedy)
     if status in (401, 403):
         remedy = "check the credentials and the bucket's policy; a public bucket is read as s3://anonymous@bucket/.."
-        if place.anonymous:
-            remedy = "this bucket is not public: leave out anonymous@ and set credentials"
         return DataError(uri, f"access refused: {text}", remedy)
     return DataError(uri, f"the server refused: {status} {text}")
 
 
-def _unreachable(uri: str, error: Exception) -> Exception | str:
-    """As `_final`, for a call that got no answer."""
+def _unreachable(uri: str, error: Exception, answered: bool) -> Exception | _Passing:
+    """As `_final`, for a call that got no answer; `answered`: whether an earlier one did."""
     from botocore import exceptions
 
     text = _scrubbed(str(error))
     if isinstance(error, exceptions.NoCredentialsError | exceptions.PartialCredentialsError):
         remedy = "set the AWS variables or a profile, or read a public bucket as s3://anonymous@bucket/.."
         return DataError(uri, "no S3 credentials were found", remedy)
+    sources = (exceptions.CredentialRetrievalError, exceptions.MetadataRetrievalError)
+    tokens = (exceptions.SSOError, exceptions.TokenRetrievalError)
+    if isinstance(error, RuntimeError) and "expired" not in text:  # botocore's, where new credentials are too old
+        return error
+    if isinstance(error, (*sources, *tokens, RuntimeError, JSONDecodeError)):
+        waits = _Passing(text, "new credentials", _RENEW)
+        return waits if answered else DataError(uri, f"there are no credentials: {text}", _RENEW)
     passing = (exceptions.HTTPClientError, exceptions.ConnectionError, exceptions.IncompleteReadError, OSError)
     lasting = (exceptions.SSLError, exceptions.ProxyConnectionError)
     if isinstance(error, passing) and not isinstance(error, lasting):
-        return text
+        return _Passing(text)
     return DataError(uri, f"S3 cannot be used: {text}", "check AWS_ENDPOINT_URL, AWS_PROFILE and the region")
 
 
