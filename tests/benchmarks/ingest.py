@@ -42,6 +42,7 @@ from cosmic_ray.stores.manifest import CropSpec, ShardEntry
 from cosmic_ray.stores.writer import encode_shard, write_shard
 
 BATCH = 256
+PRODUCT = "batches through Ray Data, same plan, verified"
 SPEC = CropSpec(channels=("DNA",), height=128, width=128)
 
 
@@ -153,6 +154,8 @@ class Result(NamedTuple):
     """Images/s after the first quarter."""
     first: float
     """Seconds to the first batch."""
+    gap: float
+    """The longest time between two batches after the first quarter, in ms; epochs begin and end there too."""
     per_cpu: float
     """Images per CPU-second."""
     others: float
@@ -165,10 +168,11 @@ def measure(way: Way, steps: int) -> Result:
         count += size
         marks.append((time.perf_counter(), count))
     spent, busy, wall = cpu_seconds() - spent, busy_seconds() - busy, time.perf_counter() - began
-    start = next(mark for mark in marks if mark[1] >= count / 4)
-    rate = (count - start[1]) / (marks[-1][0] - start[0])
+    steady = [mark for mark in marks if mark[1] >= count / 4]
+    rate = (count - steady[0][1]) / (marks[-1][0] - steady[0][0])
+    gap = 1000 * float(np.max(np.diff([at for at, _ in steady])))
     others = max(0.0, busy - spent) / (wall * (os.cpu_count() or 1))
-    return Result(rate, marks[0][0] - began, count / spent, others)
+    return Result(rate, marks[0][0] - began, gap, count / spent, others)
 
 
 def busy_seconds() -> float:
@@ -176,13 +180,13 @@ def busy_seconds() -> float:
     return sum(times) - times.idle - times.iowait
 
 
-def rates(store: CropStore, others: dict[str, Way], rounds: int, steps: int, calm: float) -> None:
+def rates(store: CropStore, others: dict[str, Way], rounds: int, steps: int, calm: float, preset: str) -> None:
     plan = plan_of(store)
     ways: dict[str, Way] = {
         **others,
         "in-process pyarrow, same plan": in_process(store, plan),
         "plain_batches, same plan, verified": ours(plain_batches, store, plan),
-        "batches through Ray Data, same plan, verified": ours(batches, store, plan),
+        PRODUCT: ours(batches, store, plan),
         "two ranks through Ray Data, same plan, verified": two_ranks(store, plan),
     }
     found: dict[str, list[Result]] = {name: [] for name in ways}
@@ -198,13 +202,38 @@ def rates(store: CropStore, others: dict[str, Way], rounds: int, steps: int, cal
     size = sum(group.nbytes for group in store.row_groups) / len(store)
     print(f"\n{store.uri}: {size:,.0f} bytes a crop, batch {BATCH}, {plan.spec.lanes} lanes, window {plan.spec.window}")
     print(f"{rounds} rounds of {steps} batches\n")
-    print("| way | images/s | range | first batch, s | images per CPU-s | others' share of the CPUs |")
-    print("|---|---|---|---|---|---|")
+    print(
+        "| way | images/s | range | first batch, s | longest gap, ms | images per CPU-s | others' CPU share |"
+    )
+    print("|---|---|---|---|---|---|---|")
     for name, results in found.items():
         middle = Result(*np.median(np.array(results), axis=0))
         low, high = min(r.rate for r in results), max(r.rate for r in results)
-        figures = f"{middle.rate:,.0f} | {low:,.0f}..{high:,.0f} | {middle.first:.2f} | {middle.per_cpu:,.0f}"
-        print(f"| {name} | {figures} | {middle.others:.0%} |")
+        figures = f"{middle.rate:,.0f} | {low:,.0f}..{high:,.0f} | {middle.first:.2f} | {middle.gap:,.0f}"
+        print(f"| {name} | {figures} | {middle.per_cpu:,.0f} | {middle.others:.0%} |")
+    print(f"\n{_verdict(float(np.median([result.rate for result in found[PRODUCT]])), preset)}")
+
+
+def _verdict(ingest: float, preset: str) -> str:
+    """Which of the two holds the other up, on this machine: ingest, or a training step on images at hand."""
+    import torch
+    from mae_step import Pool, our_step
+
+    from cosmic_ray.models.mae import MAEConfig
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    batch = 256 if device.type == "cuda" else 16
+    step = our_step(Pool(device), MAEConfig.of(preset, "better"), batch, compiled=False)
+    took = []
+    for _ in range(4):
+        began = time.perf_counter()
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        took.append(time.perf_counter() - began)
+    trained = batch / min(took)
+    slower = "the model" if trained < ingest else "ingest"
+    return f"A training step of `{preset}` on {device} takes {trained:,.0f} images/s: {slower} is the bottleneck."
 
 
 class _Watch:
@@ -300,6 +329,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=960)
     parser.add_argument("--compression", default="lz4", choices=["none", "lz4", "zstd"])
     parser.add_argument("--calm", type=float, default=1.0, help="repeat a turn while others use more of the CPUs")
+    parser.add_argument("--preset", default="large", help="the model that is told beside it")
     parser.add_argument("--folder", type=Path)
     options = parser.parse_args()
     import ray
@@ -320,7 +350,7 @@ def main() -> None:
             at = options.store or build(f"{folder}/store-{options.compression}", 20, options.compression).uri
             store = CropStore.open(storage.absolute(at))
             others = peers(store, Path(folder), BATCH) if options.peers else {}
-            rates(store, others, options.rounds, options.steps, options.calm)
+            rates(store, others, options.rounds, options.steps, options.calm, options.preset)
     ray.shutdown()
 
 
