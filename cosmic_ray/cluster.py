@@ -60,13 +60,21 @@ def interrupt_on_sigterm() -> None:
     Ray puts its own handlers on it when it is imported and when it starts, which would end this process on the spot.
     """
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+        signal.signal(signal.SIGTERM, _interrupt)
 
 
 def disconnect() -> None:
     """Leave Ray, and end it where it is a local one: no line of a worker's log is printed after this."""
     if (ray := sys.modules.get("ray")) is not None:
         ray.shutdown()
+
+
+def _interrupt(*_: object) -> None:
+    """As a Ctrl-C, also where a shell started this process in the background, in which SIGINT is ignored."""
+    handler = signal.getsignal(signal.SIGINT)
+    if not callable(handler):
+        raise KeyboardInterrupt
+    handler(signal.SIGINT, None)
 
 
 def resources() -> Resources:
