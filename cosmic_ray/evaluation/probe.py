@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cosmic_ray.evaluation.metrics.accuracy import balanced_accuracy
+
 _ALPHAS = tuple(10.0**k for k in range(-3, 6))
 
 
@@ -80,9 +82,9 @@ def logistic_accuracy(features: np.ndarray, labels: np.ndarray, parts: Split3) -
         model = LogisticRegression(C=strength, max_iter=500, class_weight="balanced").fit(
             x[parts.train], labels[parts.train]
         )
-        chosen = _balanced_accuracy(labels[parts.val], model.predict(x[parts.val]))
+        chosen = balanced_accuracy(labels[parts.val], model.predict(x[parts.val]))
         if chosen > best:
-            best, result = chosen, _balanced_accuracy(labels[parts.test], model.predict(x[parts.test]))
+            best, result = chosen, balanced_accuracy(labels[parts.test], model.predict(x[parts.test]))
     return float(result)
 
 
@@ -104,27 +106,6 @@ def pixel_pca(crops: np.ndarray, train: np.ndarray, components: int, side: int =
     small = crops.reshape(count, side, height // side, side, width // side).mean((2, 4), dtype=np.float32)
     flat = small.reshape(count, -1) / 255.0
     return PCA(components, svd_solver="randomized", random_state=0).fit(flat[train]).transform(flat)
-
-
-def interval(values: np.ndarray, confidence: float = 0.95) -> tuple[float, float, float]:
-    """Mean and Student-t confidence interval over independent repetitions (seeds).
-
-    Returns:
-        (mean, low, high); low and high are NaN for a single value.
-    """
-    from scipy.stats import t
-
-    values = np.asarray(values, dtype=np.float64)
-    mean = float(values.mean())
-    if len(values) < 2:
-        return mean, float("nan"), float("nan")
-    half = t.ppf(0.5 + confidence / 2, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
-    return mean, mean - float(half), mean + float(half)
-
-
-def _balanced_accuracy(truth: np.ndarray, predicted: np.ndarray) -> float:
-    """Mean recall of the classes that occur in `truth`."""
-    return float(np.mean([(predicted[truth == name] == name).mean() for name in np.unique(truth)]))
 
 
 def _r2(truth: np.ndarray, predicted: np.ndarray) -> np.ndarray:

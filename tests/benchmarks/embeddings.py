@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 from cosmic_ray.evaluation import probe, texture
+from cosmic_ray.evaluation.metrics.intervals import mean_interval
 from cosmic_ray.ingest import keyed
 from cosmic_ray.ingest.augment import prepare
 from cosmic_ray.ingest.stream import plain_batches
@@ -215,7 +216,7 @@ def compare(measured: dict[str, list[dict]]) -> None:
 
 
 def print_interval(name: str, values: np.ndarray, digits: int = 3) -> None:
-    mean, low, high = probe.interval(values)
+    mean, low, high = mean_interval(values)
     print(f"{name:<58}{mean:8.{digits}f}  {low:.{digits}f} to {high:.{digits}f}")
 
 

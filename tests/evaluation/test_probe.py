@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from scipy import stats
 from skimage.feature import graycomatrix, graycoprops
 from sklearn.linear_model import Ridge
 
@@ -54,13 +53,6 @@ def test_logistic_accuracy_is_chance_on_noise_and_one_on_separated_classes():
     far = (np.arange(ROWS) % 3)[:, None] * 10.0 + random.normal(size=(ROWS, 4))
     assert probe.logistic_accuracy(far, labels, PARTS) > 0.95
     assert probe.logistic_accuracy(random.normal(size=(ROWS, 4)), labels, PARTS) == pytest.approx(1 / 3, abs=0.1)
-
-
-def test_interval_is_students():
-    values = np.array([0.41, 0.44, 0.40, 0.47, 0.43])
-    mean, low, high = probe.interval(values)
-    expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
-    assert (mean, low, high) == pytest.approx((0.43, expected.low, expected.high))
 
 
 def disc(radius: int, texture_image: np.ndarray) -> np.ndarray:
