@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from json import JSONDecodeError
 from typing import Any, NamedTuple, TypeVar
 
@@ -42,6 +42,8 @@ _REFUSED = {
     "InvalidToken": ("the session token is not valid", "check AWS_SESSION_TOKEN"),
     "RequestTimeTooSkewed": ("this machine's clock is wrong", "set it by NTP"),
 }
+_UNKNOWN = {"InvalidAccessKeyId", "InvalidToken", "InvalidTokenId"}
+"""What some servers say of credentials that have expired: they have forgotten them."""
 _ENDPOINT = "is AWS_ENDPOINT_URL right, and up?"
 _RENEW = "renew what AWS_PROFILE names (a role, SSO, credential_process, a file) and run the same file again"
 T = TypeVar("T")
@@ -170,7 +172,8 @@ def size(uri: str) -> int:
     def first_byte(client: Any) -> int:
         answer = client.get_object(Bucket=place.bucket, Key=place.key, Range="bytes=0-0")
         total = answer.get("ContentRange", f"/{answer['ContentLength']}").rsplit("/", 1)[1]
-        answer["Body"].close() if answer["ContentLength"] > 1 else answer["Body"].read()
+        with closing(answer["Body"]) as body:
+            body.read(1)  # of a server that ignores ranges no more than this
         return int(total)
 
     return _call(uri, first_byte, beyond=0)
@@ -222,14 +225,16 @@ def _call(uri: str, attempt: Callable[[Any], T], beyond: T | None = None) -> T:
             _answered.add(key)
             return answer
         except ClientError as error:
-            if beyond is not None and error.response["Error"].get("Code") in ("InvalidRange", "416"):
+            code = error.response["Error"].get("Code", "")
+            if beyond is not None and code in ("InvalidRange", "416"):
                 return beyond
             problem = _final(uri, place, error)
-            if error.response["Error"].get("Code") == "ExpiredToken" and "AWS_ACCESS_KEY_ID" not in os.environ:
+            stale = code == "ExpiredToken" or (code in _UNKNOWN and key in _answered)
+            if stale and "AWS_ACCESS_KEY_ID" not in os.environ:
                 # Those of a file or a process may be new by now, though botocore takes the old ones for good.
                 _forget(key, client)
                 problem = _Passing("the old ones have expired", "new credentials", _RENEW)
-            else:
+            elif code not in _REFUSED:
                 _answered.add(key)
         except (BotoCoreError, OSError, RuntimeError, JSONDecodeError) as error:
             problem = _unreachable(uri, error, key in _answered)

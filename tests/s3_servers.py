@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 from faulty import FaultyProxy
 
-_EXPIRED = b"""<?xml version="1.0" encoding="UTF-8"?>
-<Error><Code>ExpiredToken</Code><Message>The provided token has expired.</Message></Error>"""
+_REFUSAL = """<?xml version="1.0" encoding="UTF-8"?>
+<Error><Code>{code}</Code><Message>The provided token has expired.</Message></Error>"""
 _ISSUE = """
 n=$(( ($(date +%s) - {start}) / {life} ))
 [ $n -ge {count} ] && {{ echo "the issuer has no more keys" >&2; exit 1; }}
@@ -121,7 +121,9 @@ class Issuer:
 
 
 class ExpiringProxy(FaultyProxy):
-    """In front of a server: answers `ExpiredToken` to a key of `issuer` after its time."""
+    """In front of a server: refuses a key of `issuer` after its time."""
+
+    says = "ExpiredToken"
 
     def __init__(self, target: str, issuer: Issuer, early_s: float = 0.0):
         super().__init__(target)
@@ -139,7 +141,10 @@ class ExpiringProxy(FaultyProxy):
             self.refused.append(key)
             if request.headers.get("Expect") != "100-continue":
                 request.rfile.read(int(request.headers.get("Content-Length") or 0))
-            return self._send(request, 400, {"Content-Type": "application/xml"}, _EXPIRED)
+            status = 400 if self.says == "ExpiredToken" else 403
+            return self._send(
+                request, status, {"Content-Type": "application/xml"}, _REFUSAL.format(code=self.says).encode()
+            )
         time.sleep(self.pause_s)
         self.used.append(key)
         super()._answer(request)

@@ -135,10 +135,12 @@ def test_a_checkpoint_is_written_over_expiries(
     assert torch.equal(checkpoint.read_tensors(where, checkpoint.WEIGHTS)["encoder.weight"], weights["encoder.weight"])
 
 
+@pytest.mark.parametrize("says", ["ExpiredToken", "InvalidAccessKeyId"])
 def test_expiry_of_all_threads_makes_one_new_client(
-    expiring: Callable[..., ExpiringProxy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    says: str, expiring: Callable[..., ExpiringProxy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     proxy = expiring("file", count=20)
+    proxy.says = says
     (tmp_path / "bucket" / "x").write_bytes(bytes(range(256)))
     made, make = [], s3_calls._made
     monkeypatch.setattr(s3_calls, "_made", lambda anonymous: made.append(anonymous) or make(anonymous))
