@@ -81,9 +81,15 @@ class Run:
         return np.array([lines[step]["train/loss"] for step in range(1, STEPS + 1)])
 
     def weights(self) -> dict[str, np.ndarray]:
-        newest = checkpoint.newest(checkpoint.within(self.out))
-        assert newest == checkpoint.folder(checkpoint.within(self.out), STEPS)
-        return {name: each.numpy() for name, each in checkpoint.read_tensors(newest, checkpoint.WEIGHTS).items()}
+        tensors = checkpoint.read_tensors(self._last_checkpoint(), checkpoint.WEIGHTS)
+        return {name: each.numpy() for name, each in tensors.items()}
+
+    def digest(self) -> str:
+        """Equal where all weights are, bit for bit."""
+        return checkpoint.digest(self._last_checkpoint())[:8]
+
+    def _last_checkpoint(self) -> str:
+        return checkpoint.folder(checkpoint.within(self.out), STEPS)
 
     def fault(self, what: str, make: Callable[[], None], kills: bool = True) -> None:
         self.faults.append((time.time(), what, kills))
@@ -200,16 +206,14 @@ class Bench:
 
 def tables(runs: list[Run]) -> None:
     judge, losses, weights = runs[0].ledger.batches(STEPS), runs[0].losses(), runs[0].weights()
-    print(
-        f"| run | steps | taken again | loss apart, {PROOF} steps | all steps | weights apart | global batches alike |"
-    )
-    print("|---|---|---|---|---|---|---|")
+    print(f"| run | steps | taken again | loss apart, {PROOF} steps | all | weights apart | digest | batches alike |")
+    print("|---|---|---|---|---|---|---|---|")
     for run in runs:
         there, batches = run.weights(), run.ledger.batches(STEPS)
         weight = max(float(np.abs(there[name] - value).max()) for name, value in weights.items())
         same = sum(one == two for one, two in zip(batches, judge, strict=True))
         apart = np.abs(run.losses() - losses)
-        figures = f"{apart[:PROOF].max():.1e} | {apart.max():.1e} | {weight:.1e} | {same} of {STEPS}"
+        figures = f"{apart[:PROOF].max():.1e} | {apart.max():.1e} | {weight:.1e} | {run.digest()} | {same} of {STEPS}"
         print(f"| {run.name} | {STEPS} | {run.ledger.replayed(STEPS)} | {figures} |")
     print(
         "\n| fault | at step | workers | taken again | noticed, s | workers there, s | first step, s | first new, s |"
