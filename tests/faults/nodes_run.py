@@ -103,12 +103,10 @@ class Nodes:
 
     def kill(self) -> None:
         """SIGKILL to the driver and all below it: Ray's daemons, the workers."""
-        try:
-            me = psutil.Process(self._process.pid)
-            family = [me, *me.children(recursive=True)]
-        except psutil.NoSuchProcess:
-            family = []
-        for each in family:
+        if self._process.poll() is not None:
+            return
+        me = psutil.Process(self._process.pid)
+        for each in [me, *me.children(recursive=True)]:
             try:
                 each.kill()
             except psutil.NoSuchProcess:
