@@ -30,7 +30,8 @@ def coverage(real: np.ndarray, generated: np.ndarray, ratio: int = 10) -> float:
 
     It rises with the number of generated samples, so that their ratio to the real ones is part of its definition.
     Where several real samples are nearest (duplicates), all of them are covered: the order of the rows is of no
-    account. It punishes collapse; noise far off it hardly sees, so never read it alone.
+    account. It punishes collapse; noise far off it hardly sees, so never read it alone. Even an ideal generator stays
+    below 1, the more so the more dimensions there are: the ceiling is the COV of other real samples.
 
     Time O(N M D), memory O(N D) beside blocks of 64 MiB.
 

@@ -79,6 +79,13 @@ def test_undefined_is_nan_and_left_out_of_the_correction():
     assert found.share_above(-1.0) == 4 / 6
 
 
+def test_a_range_of_rounding_is_no_variance():
+    random = np.random.default_rng(7)
+    noise = random.normal(size=(10, 1))
+    assert np.isnan(gene_correlation(5 + 1e-14 * noise, noise).r).all()
+    assert gene_correlation(5 + 1e-9 * noise, noise).r == pytest.approx(1.0, abs=1e-6)
+
+
 def test_perfect_correlation_and_its_opposite():
     real, _ = pair(5, 10, 4)
     assert gene_correlation(real, 3 * real + 1).r == pytest.approx(1.0)

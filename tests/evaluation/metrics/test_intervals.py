@@ -62,6 +62,15 @@ def test_bootstrap_draws_whole_groups():
     assert one_each.high - one_each.low == pytest.approx(alone.high - alone.low, rel=0.1)
 
 
+def test_bootstrap_of_groups_of_unequal_size_by_hand():
+    # Drawn: the pair alone twice, both groups (in half of cases), the group of three twice.
+    first, groups = np.array([0.0, 4.0, 4.0, 7.0]), np.array(["a", "b", "b", "b"])
+    found = paired_bootstrap(first, np.zeros(4), groups, confidence=0.4)
+    assert (found.mean, found.low, found.high) == (3.75, 3.75, 3.75)
+    found = paired_bootstrap(first, np.zeros(4), groups, confidence=0.9)
+    assert (found.mean, found.low, found.high) == (3.75, 0.0, 5.0)
+
+
 def test_bootstrap_seed_decides_and_blocks_do_not(monkeypatch):
     found = paired_bootstrap(FIRST, SECOND, seed=3)
     assert paired_bootstrap(FIRST, SECOND, seed=3) == found
@@ -88,6 +97,10 @@ def test_equivalence_agrees_with_two_scipy_tests(margin):
     assert found.p == pytest.approx(max(above, below))
     assert found.equivalent == (max(above, below) < 0.05) == (-margin < found.low and found.high < margin)
     assert tuple(equivalence(SECOND, FIRST, margin=margin))[3:] == pytest.approx(tuple(found)[3:])
+
+
+def test_equivalence_shows_the_interval_that_decides():
+    assert equivalence(FIRST, SECOND, margin=0.03, alpha=0.05)[:3] == paired_interval(FIRST, SECOND, 0.9)
 
 
 def test_equivalence_is_wrong_at_the_margin_as_often_as_promised():

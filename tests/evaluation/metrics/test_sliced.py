@@ -48,6 +48,15 @@ def test_the_standard_errors_are_those_of_repetition():
     assert np.mean([run.distance_se for run in runs]) == pytest.approx(spread, rel=0.25)
 
 
+def test_the_standard_error_of_the_quotient_too_is_that_of_repetition():
+    # Far from its mean along x, shifted along y: the two distances pull against each other from direction to direction.
+    random = np.random.default_rng(0)
+    real = np.stack([random.choice([-10.0, 10.0], 1000), random.normal(0, 0.1, 1000)], 1)
+    runs = [sliced_wasserstein(real, real + np.array([0.0, 10.0]), directions=20, seed=seed) for seed in range(120)]
+    spread = np.std([run.normalised for run in runs], ddof=1)
+    assert np.mean([run.normalised_se for run in runs]) == pytest.approx(spread, rel=0.25)
+
+
 def test_normalised_by_a_gaussian_of_the_same_mean_and_variance():
     random = np.random.default_rng(0)
     real = random.choice([-1.0, 1.0], (1500, 1)) * [[3.0, 0.0]] + random.normal(0, 0.2, (1500, 2)) + [[5.0, 7.0]]
