@@ -46,7 +46,8 @@ class Crew:
             found = min(room.free(self.each, answering=again), self._scaling.most)
             waited_s = time.monotonic() - began
             settled = not again or waited_s > SETTLE_S
-            if found == self._scaling.most or (found >= self._scaling.fewest and settled):
+            enough = found >= (self._hoped_for or self._scaling.most)
+            if enough or (found >= self._scaling.fewest and settled):
                 # Room that was there and is gone again: look less often, or the run would do nothing but start.
                 self._grow_every_s *= 2 if found < self._hoped_for else 1
                 self.size, self._hoped_for = found, 0
