@@ -11,6 +11,7 @@ import torch
 from scipy.stats import norm
 from torch import nn
 
+from cosmic_ray import storage
 from cosmic_ray.errors import DamagedError, DataError, JobError, NotFoundError
 from cosmic_ray.evaluation.metrics.classifier import CONFIG, WEIGHTS, CellTypeClassifier, ClassifierSettings
 from cosmic_ray.evaluation.metrics.networks import ExpressionClassifier, ImageClassifier
@@ -118,16 +119,15 @@ def test_the_epoch_that_is_kept_is_the_best_on_val():
     assert runs[-1].config.epoch == runs[runs[-1].config.epoch - 1].config.epoch
 
 
-@pytest.mark.parametrize("kind", ["images", "expression"])
-def test_what_is_saved_comes_back(kind, of_images, of_expression, tmp_path):
-    fitted, cells = (of_images, discs(7, 20)[0]) if kind == "images" else (of_expression, clouds(7, 20)[0])
-    genes = fitted.config.genes
-    fitted.save(str(tmp_path))
-    assert sorted(path.name for path in tmp_path.iterdir()) == [CONFIG, WEIGHTS]
-    loaded = CellTypeClassifier.load(str(tmp_path))
-    assert (loaded.probabilities(cells, genes) == fitted.probabilities(cells, genes)).all()
-    assert fitted.probabilities(cells, genes).sum(1) == pytest.approx(1.0, abs=1e-5)
-    assert loaded.config.lineage == fitted.config.lineage and loaded.config.classes == fitted.config.classes
+def test_what_is_saved_comes_back(of_images, of_expression, home):
+    for fitted, cells in ((of_images, discs(7, 20)[0]), (of_expression, clouds(7, 20)[0])):
+        genes = fitted.config.genes
+        fitted.save(home)  # the second replaces the first
+        assert storage.listing(home) == [storage.join(home, CONFIG), storage.join(home, WEIGHTS)]
+        loaded = CellTypeClassifier.load(home)
+        assert (loaded.probabilities(cells, genes) == fitted.probabilities(cells, genes)).all()
+        assert fitted.probabilities(cells, genes).sum(1) == pytest.approx(1.0, abs=1e-5)
+        assert loaded.config.lineage == fitted.config.lineage and loaded.config.classes == fitted.config.classes
 
 
 def test_damaged_foreign_and_missing_folders_are_refused(of_images, tmp_path):
