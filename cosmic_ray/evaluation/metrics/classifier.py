@@ -221,11 +221,18 @@ class CellTypeClassifier:
         if hashlib.sha256(weights).hexdigest() != config.weights_sha256:
             raise DamagedError(storage.join(uri, WEIGHTS), "not the weights that were written", "copy the folder again")
         network = networks.build(config)
-        network.load_state_dict(load(weights))
+        try:
+            network.load_state_dict(load(weights))
+        except RuntimeError as error:
+            raise DamagedError(where, f"the weights do not fit it: {error}", "copy the folder again") from None
         return cls(config, network.to(device).eval().requires_grad_(False))
 
     def _order(self, genes: Sequence[str] | None, shape: tuple[int, ...]) -> np.ndarray | None:
         if self.config.genes is None:
+            if genes is not None:
+                raise ValueError(
+                    "genes: named, but the classifier was fitted without names: it cannot tell their order"
+                )
             return None
         if genes is None:
             raise ValueError("genes: not named, but the classifier was fitted on named genes")

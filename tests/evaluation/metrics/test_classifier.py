@@ -138,7 +138,8 @@ def test_damaged_foreign_and_missing_folders_are_refused(of_images, tmp_path):
     (tmp_path / WEIGHTS).write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
     with pytest.raises(DamagedError, match="not the weights"):
         CellTypeClassifier.load(str(tmp_path))
-    for change, message in (({"version": 2}, "version 2"), ({"format": "x"}, "not a"), ({"kind": "x"}, "kind")):
+    foreign = {"version 2": {"version": 2}, "not a": {"format": "x"}, "kind": {"kind": "x"}}
+    for message, change in (foreign | {"do not fit": {"classes": ["large", "small"]}}).items():
         rewrite(tmp_path / CONFIG, change)
         with pytest.raises(DataError, match=message):
             CellTypeClassifier.load(str(tmp_path))
@@ -207,6 +208,8 @@ def test_nan_and_a_wrong_width_are_refused():
     fitted = CellTypeClassifier.fit(*train, *val, ClassifierSettings(epochs=1))
     with pytest.raises(ValueError, match="NaN"):
         fitted.predict(np.full((2, 12), np.nan))
+    with pytest.raises(ValueError, match="without names"):
+        fitted.predict(val[0], [f"g{i}" for i in range(12)])
     with pytest.raises(ValueError, match=r"takes \(12,\)"):
         fitted.predict(np.zeros((2, 11)))
     with pytest.raises(ValueError, match=r"val: cells of shape \(11,\)"):
