@@ -186,21 +186,26 @@ def show(
     montage: Annotated[str, typer.Option(help="Where a crop store's montage PNG goes.")] = "montage.png",
     as_json: AsJson = False,
 ) -> None:
-    """Print what a published folder holds; a crop store's montage too."""
+    """Print what a published folder holds; a montage of a crop store, or of the crops of a cell store, too."""
     from cosmic_ray import storage
     from cosmic_ray.output import read_manifest
-    from cosmic_ray.stores.crops import CropStore
+    from cosmic_ray.stores import cells_form
+    from cosmic_ray.stores.cells import CellStore, open_store
     from cosmic_ray.stores.manifest import FORMAT
-    from cosmic_ray.stores.show import describe_store
+    from cosmic_ray.stores.show import describe_cells, describe_store
     from cosmic_ray.stores.show import montage as drawn
 
     manifest = read_manifest(uri)
-    if manifest.get("format") != FORMAT:
+    if manifest.get("format") not in (FORMAT, cells_form.FORMAT):
         _print(manifest, as_json)
         return
-    store = CropStore.open(uri)
-    storage.write_bytes(montage, drawn(store))
-    _print({**describe_store(store), "montage": montage}, as_json)
+    store = open_store(uri)
+    about = describe_cells(store) if isinstance(store, CellStore) else describe_store(store)
+    crops = store if not isinstance(store, CellStore) else store.crops if store.manifest.images else None
+    if crops is not None:
+        storage.write_bytes(montage, drawn(crops))
+        about["montage"] = montage
+    _print(about, as_json)
 
 
 @app.command()
@@ -242,14 +247,14 @@ def plan(
 
 @app.command()
 def verify(
-    uri: Annotated[str, typer.Argument(help="URI of a crop store.")],
+    uri: Annotated[str, typer.Argument(help="URI of a crop store or a cell store.")],
     as_json: AsJson = False,
 ) -> None:
-    """Read a crop store again from end to end and check every sum; exit 1 where something is wrong."""
-    from cosmic_ray.stores.verify import verify_store
+    """Read a crop store or a cell store again from end to end and check every sum; exit 1 where something is wrong."""
+    from cosmic_ray.stores.cells_verify import verify_published
 
     with progress("verify", None, "shards") as shown:
-        problems = verify_store(uri, shown)
+        problems = verify_published(uri, shown)
     if as_json:
         print(json.dumps({"uri": uri, "problems": problems}))
     else:

@@ -14,6 +14,7 @@ from cosmic_ray.errors import ABSENT, JobError
 KINDS: dict[str, str] = {
     "simulate-plates": "cosmic_ray.simulation.job:SimulatePlates",
     "build-crops": "cosmic_ray.imaging.job:BuildCrops",
+    "build-cells": "cosmic_ray.cells.job:BuildCells",
     "split": "cosmic_ray.stores.split:MakeSplit",
     "pretrain-mae": "cosmic_ray.training.job:PretrainMAE",
     "embed": "cosmic_ray.inference.embed:Embed",

@@ -40,6 +40,10 @@ class Output:
         """The URI of something inside."""
         return storage.join(self.uri, *parts)
 
+    def inside(self, name: str) -> Output:
+        """A folder inside, under this claim, that is published by a manifest of its own."""
+        return Output(self.at(name), self._lease)
+
     def require(self) -> None:
         """Make sure that this run still holds the claim; asks storage only where that is long ago.
 

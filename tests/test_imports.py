@@ -23,6 +23,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "stores": BASE,
     "simulation": BASE,
     "imaging": BASE | {"stores"},
+    "cells": BASE | {"stores", "imaging"},
     "ingest": BASE | {"stores"},
     "registry": BASE | {"stores", "ingest", "models"},
     "training": BASE | {"stores", "ingest", "models", "registry"},

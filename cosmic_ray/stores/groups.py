@@ -96,9 +96,13 @@ def group_rows(columns: Sequence[Column], pairs: np.ndarray) -> tuple[np.ndarray
 
 def assign(keys: np.ndarray, fractions: Sequence[float], seed: int) -> np.ndarray:
     """The part of each group: uint8 (groups,), by a hash of (seed, key) alone, so that no other group matters."""
+    ends = np.cumsum(fractions)[:-1]
+    return np.searchsorted(ends, places(keys, seed) / 2.0**64, side="right").astype(np.uint8)
+
+
+def places(keys: np.ndarray, seed: int) -> np.ndarray:
+    """A hash of (seed, key) for each key, even over its range: uint64 (keys,)."""
     texts = (key.tobytes() for key in keys.astype("<u8"))
-    place = np.fromiter(
+    return np.fromiter(
         (xxhash.xxh3_64_intdigest(text, seed & 0xFFFFFFFFFFFFFFFF) for text in texts), np.uint64, len(keys)
     )
-    ends = np.cumsum(fractions)[:-1]
-    return np.searchsorted(ends, place / 2.0**64, side="right").astype(np.uint8)

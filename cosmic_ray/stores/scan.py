@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from cosmic_ray.progress import progress
+from cosmic_ray.stores.cells import CellStore
 from cosmic_ray.stores.columns import images
 from cosmic_ray.stores.crops import CropStore
 from cosmic_ray.stores.duplicates import BITS, Fingerprints, exact_pairs, fingerprints, similar
@@ -34,21 +35,31 @@ class Scan:
         by: grouping keys, as `Column` takes them.
         crops: least correlation of similar crops, or None to leave images unread.
         fields: least share of coinciding nuclei of similar fields, or None.
+        also: a further column to keep, as `by` names them.
     """
 
-    def __init__(self, store: CropStore, by: list[str], crops: float | None, fields: float | None):
+    def __init__(
+        self,
+        store: CropStore | CellStore,
+        by: list[str],
+        crops: float | None,
+        fields: float | None,
+        also: str | None = None,
+    ):
         self.store = store
         self.columns = [Column(key) for key in by]
         self._crops, self._fields = crops, fields
+        self.also = Column(also) if also else None
         self._field = Column(FIELD)
+        self._kept = [*self.columns, *([self.also] if self.also else []), *([self._field] if fields else [])]
         self._places: list[np.ndarray] = []
         self._exact = np.zeros(len(store), np.uint64)
         self._area = np.zeros(len(store), np.int32)
         self._read()
 
     def _read(self) -> None:
-        columns = [*self.columns, self._field]
-        names = {"centroid_y", "centroid_x", *(name for column in columns for name in column.reads)}
+        places = ("centroid_y", "centroid_x") if self._fields else ()
+        names = {*places, *(name for column in self._kept for name in column.reads)}
         wanted = [*sorted(names), *(["image"] if self._crops is not None else [])]
         with tempfile.TemporaryFile() as file, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             self._bits = np.memmap(file, np.uint8, "w+", shape=(len(self.store), BITS // 8))
@@ -66,9 +77,10 @@ class Scan:
         return rows.drop_columns(["image"]), fingerprints(images(rows, self.store.spec))
 
     def _keep(self, group: int, rows: pa.Table, prints: Fingerprints | None) -> None:
-        for column in [*self.columns, self._field]:
+        for column in self._kept:
             column.add(rows)
-        self._places.append(np.stack([rows["centroid_y"].to_numpy(), rows["centroid_x"].to_numpy()]))
+        if self._fields:
+            self._places.append(np.stack([rows["centroid_y"].to_numpy(), rows["centroid_x"].to_numpy()]))
         if prints is not None:
             here = slice(*self.store.group_starts[group : group + 2])
             self._exact[here], self._area[here], self._bits[here] = prints
@@ -77,7 +89,10 @@ class Scan:
         """Row pairs int64 (P, 2) of near-duplicates, and how many there are of each kind."""
         none = np.empty((0, 2), np.int64)
         same = exact_pairs(self._exact) if self._crops is not None else none
-        alike = similar(self.store, self._area, self._bits, self._crops) if self._crops is not None else none
+        alike = none
+        if self._crops is not None:
+            crops = self.store if isinstance(self.store, CropStore) else self.store.crops
+            alike = similar(crops, self._area, self._bits, self._crops)
         fields = (
             same_layouts(self._field.codes, *np.concatenate(self._places, axis=1), self._fields)
             if self._fields
@@ -94,6 +109,8 @@ class Scan:
 
     def _rows_of(self, fields: np.ndarray) -> np.ndarray:
         """Chains through all rows of each pair of fields."""
+        if not len(fields):
+            return np.empty((0, 2), np.int64)
         order = np.argsort(self._field.codes, kind="stable")
         ends = np.searchsorted(self._field.codes[order], np.arange(len(self._field.values) + 1))
         chains = [np.empty((0, 2), np.int64)]

@@ -1,4 +1,4 @@
-"""A crop store at a glance: the backend of `cosmic-ray show`."""
+"""A crop store or a cell store at a glance: the backend of `cosmic-ray show`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cosmic_ray.stores.cells import CellStore
 from cosmic_ray.stores.crops import CropStore
 
 if TYPE_CHECKING:
@@ -29,6 +30,19 @@ def describe_store(store: CropStore) -> dict[str, Any]:
         "row_groups": len(store.row_groups),
         "stored_bytes": stored,
         "bytes_per_crop": round(stored / len(store), 1),
+    }
+
+
+def describe_cells(store: CellStore) -> dict[str, Any]:
+    """The same of a cell store: all of its manifest but the list of parts."""
+    manifest = store.manifest.model_dump(mode="json", exclude={"parts", "digest", "cells_file", "genes_file"})
+    stored = sum(part.nbytes for part in store.row_groups)
+    return {
+        "uri": store.uri,
+        **manifest,
+        "row_groups": len(store.row_groups),
+        "expression_bytes": stored,
+        "nonzeros_per_cell": round(sum(part.nonzeros for part in store.row_groups) / len(store), 1),
     }
 
 
