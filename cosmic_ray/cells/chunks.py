@@ -112,7 +112,6 @@ class Reader:
             "low": [[int(rows[index]), *fault] for index, fault in sorted(low.items())],
             "rows": rows[kept].tolist(),
             **{name: _plain(values[kept]) for name, values in measured.items()},
-            "q_counts": measured["q_counts"][kept].astype(np.int64 if self.values == "raw" else np.float64).tolist(),
             "gene_cells": np.bincount(counts[kept].indices, minlength=len(self.genes.ids)).tolist(),
             "images": digest,
         }

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import xxhash
 
 from cosmic_ray.stores.groups import Column, places
+
+_TURNS, _MOST_MOVED, _GAIN = 50, 10_000, 1e-9
 
 
 def assign_stratified(
@@ -15,7 +18,8 @@ def assign_stratified(
     """The part of each group: uint8 (groups,).
 
     Groups of several rows go first, large ones before small ones (by powers of two, and among those by their keys),
-    each to the part that lacks most of what it holds. Then the groups of one row fill what each part lacks of each
+    each to the part that lacks most of what it holds; where there are few enough, each is then moved as long as that
+    brings the shares nearer. Then the groups of one row fill what each part lacks of each
     value: where all groups are such, each part gets its share of each value rounded up or down, which of them by chance
     so that rare values come to all parts alike. Unlike a plain split, where a group goes depends on the others.
 
@@ -25,11 +29,13 @@ def assign_stratified(
         fractions: share of each part; they add up to 1.
     """
     place = places(keys, seed)
+    names = {name: rank for rank, name in enumerate(sorted(stratum.values))}
+    codes = np.array([names[name] for name in stratum.values])[stratum.codes]  # whatever the order of the rows
     sizes = np.bincount(groups, minlength=len(keys))
-    lacking = np.outer(fractions, np.bincount(stratum.codes, minlength=len(stratum.values))).astype(np.float64)
+    lacking = np.outer(fractions, np.bincount(codes)).astype(np.float64)
     parts = np.zeros(len(keys), np.uint8)
-    _place_large(parts, groups, sizes, place, stratum.codes, lacking)
-    _place_single(parts, groups, sizes, place, stratum, lacking, seed)
+    _place_large(parts, groups, sizes, place, codes, lacking)
+    _place_single(parts, groups, sizes, place, codes, lacking, _chances(sorted(names), stratum.key, seed))
     return parts
 
 
@@ -39,17 +45,29 @@ def _place_large(
     """Place groups of several rows, and take what they hold from `lacking`, float64 (parts, values)."""
     from scipy.sparse import coo_array
 
-    total = np.maximum(np.bincount(codes, minlength=lacking.shape[1]), 1)
+    weight = 1 / np.maximum(np.bincount(codes, minlength=lacking.shape[1]), 1)
     held = coo_array((np.ones(len(codes), np.int64), (groups, codes)), shape=(len(sizes), lacking.shape[1])).tocsr()
+    held.sort_indices()
     open_parts = np.flatnonzero(lacking.any(axis=1))
     large = np.flatnonzero(sizes > 1)
-    for group in large[np.lexsort((place[large], -np.floor(np.log2(sizes[large]))))]:
-        here = slice(held.indptr[group], held.indptr[group + 1])
-        values, rows = held.indices[here], held.data[here]
-        wanting = lacking[open_parts][:, values] @ (rows / total[values])
-        part = open_parts[int(wanting.argmax())]
-        parts[group] = part
-        lacking[part, values] -= rows
+    large = large[np.lexsort((place[large], -np.floor(np.log2(sizes[large]))))]
+    for turn in range(_TURNS if len(large) <= _MOST_MOVED else 1):
+        moved = 0
+        for group in large:
+            here = slice(held.indptr[group], held.indptr[group + 1])
+            values, rows = held.indices[here], held.data[here]
+            if turn:
+                lacking[parts[group], values] += rows
+            # Least squares: the sum of lacking**2 * weight falls most where this is largest.
+            wanting = lacking[open_parts][:, values] @ (rows * weight[values])
+            now = wanting[np.searchsorted(open_parts, parts[group])]
+            best = int(wanting.argmax())
+            if not turn or wanting[best] > now + _GAIN:
+                parts[group] = open_parts[best]
+                moved += 1
+            lacking[parts[group], values] -= rows
+        if not moved:
+            return
 
 
 def _place_single(
@@ -57,21 +75,26 @@ def _place_single(
     groups: np.ndarray,
     sizes: np.ndarray,
     place: np.ndarray,
-    stratum: Column,
+    codes: np.ndarray,
     lacking: np.ndarray,
-    seed: int,
+    chances: np.ndarray,
 ) -> None:
     """Place groups of one row, value by value, in the order of their keys."""
     rows = np.flatnonzero(sizes[groups] == 1)
-    value = stratum.codes[rows]
+    value = codes[rows]
     order = np.lexsort((place[groups[rows]], value))
-    ends = np.searchsorted(value[order], np.arange(len(stratum.values) + 1))
-    chance = places(stratum.hashes(), seed) / 2.0**64
-    for code in range(len(stratum.values)):
+    ends = np.searchsorted(value[order], np.arange(lacking.shape[1] + 1))
+    for code, chance in enumerate(chances):
         members = groups[rows[order[ends[code] : ends[code + 1]]]]
         filled = np.round(np.cumsum(_shares(lacking[:, code], len(members))), 6)
-        cuts = np.floor([0.0, *filled[:-1], len(members)] + chance[code]).astype(np.int64)
+        cuts = np.floor(np.array([0.0, *filled[:-1], len(members)]) + chance).astype(np.int64)
         parts[members] = np.repeat(np.arange(len(lacking)), np.diff(cuts))
+
+
+def _chances(names: list[str], key: str, seed: int) -> np.ndarray:
+    """A number in [0, 1) for each value: float64."""
+    hashes = (xxhash.xxh3_64_intdigest(f"{key}={name}".encode()) for name in names)
+    return (places(np.fromiter(hashes, np.uint64, len(names)), seed) >> np.uint64(11)) / 2.0**53
 
 
 def _shares(lacking: np.ndarray, rows: int) -> np.ndarray:

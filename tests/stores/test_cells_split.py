@@ -108,6 +108,16 @@ def test_batches_and_cells_together():
     assert np.bincount(codes).tolist() == [100, 50, 50]
 
 
+def test_few_large_groups_are_balanced():
+    """Fifteen chips of about 45 cells of two donors each: no part gets twice, or half, of its share."""
+    rng = np.random.default_rng(0)
+    chips = np.repeat(np.arange(15), rng.integers(35, 55, 15))
+    donors = [f"donor-{(chip + int(odd)) % 4}" for chip, odd in zip(chips, rng.random(len(chips)) < 0.5, strict=True)]
+    for seed in range(5):
+        shares = np.bincount(split_of([str(c) for c in chips], donors, (0.8, 0.1, 0.1), seed), minlength=3) / len(chips)
+        assert 0.7 < shares[0] < 0.9 and ((shares[1:] > 0.05) & (shares[1:] < 0.2)).all()
+
+
 def cells(tmp_path: Path, count: int = 60, **more: Any):
     counts = csr_matrix(np.ones((count, 3)))
     return cells_of(str(tmp_path / "cells"), counts, crops=make_store(str(tmp_path / "crops"), count, size=24), **more)
