@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import xxhash
 
 from cosmic_ray.stores.groups import Column, places
 
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
+
 _TURNS, _MOST_MOVED, _GAIN = 50, 10_000, 1e-9
+_FEW, _ORDERS = 500, 16
 
 
 def assign_stratified(
@@ -19,9 +24,10 @@ def assign_stratified(
 
     Groups of several rows go first, large ones before small ones (by powers of two, and among those by their keys),
     each to the part that lacks most of what it holds; where there are few enough, each is then moved as long as that
-    brings the shares nearer. Then the groups of one row fill what each part lacks of each
-    value: where all groups are such, each part gets its share of each value rounded up or down, which of them by chance
-    so that rare values come to all parts alike. Unlike a plain split, where a group goes depends on the others.
+    brings the shares nearer, and where there are few, several orders are tried. Then the groups of one row fill what
+    each part lacks of each value: where all groups are such, each part gets its share of each value rounded up or down,
+    which of them by chance so that rare values come to all parts alike. Unlike in a plain split, where a group goes
+    depends on the others.
 
     Args:
         groups, keys: of `group_rows`.
@@ -45,15 +51,27 @@ def _place_large(
     """Place groups of several rows, and take what they hold from `lacking`, float64 (parts, values)."""
     from scipy.sparse import coo_array
 
-    weight = 1 / np.maximum(np.bincount(codes, minlength=lacking.shape[1]), 1)
     held = coo_array((np.ones(len(codes), np.int64), (groups, codes)), shape=(len(sizes), lacking.shape[1])).tocsr()
     held.sort_indices()
-    open_parts = np.flatnonzero(lacking.any(axis=1))
     large = np.flatnonzero(sizes > 1)
-    large = large[np.lexsort((place[large], -np.floor(np.log2(sizes[large]))))]
-    for turn in range(_TURNS if len(large) <= _MOST_MOVED else 1):
+    orders = [large[np.lexsort((place[large], -np.floor(np.log2(sizes[large]))))]]
+    if len(large) <= _FEW:
+        orders += [large[np.argsort(places(place[large], turn))] for turn in range(1, _ORDERS)]
+    weight = 1 / np.maximum(np.bincount(codes, minlength=lacking.shape[1]), 1)
+    tried = [_placed(order, held, lacking, weight) for order in orders]
+    found, left = min(tried, key=lambda one: _far(one[1], weight))
+    parts[large], lacking[:] = found[large], left
+
+
+def _placed(
+    order: np.ndarray, held: csr_array, lacking: np.ndarray, weight: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The part of each group of `order`, uint8 (groups,), and what the parts lack then."""
+    parts, lacking = np.zeros(held.shape[0], np.uint8), lacking.copy()
+    open_parts = np.flatnonzero(lacking.any(axis=1))
+    for turn in range(_TURNS if len(order) <= _MOST_MOVED else 1):
         moved = 0
-        for group in large:
+        for group in order:
             here = slice(held.indptr[group], held.indptr[group + 1])
             values, rows = held.indices[here], held.data[here]
             if turn:
@@ -67,7 +85,14 @@ def _place_large(
                 moved += 1
             lacking[parts[group], values] -= rows
         if not moved:
-            return
+            break
+    return parts, lacking
+
+
+def _far(lacking: np.ndarray, weight: np.ndarray) -> float:
+    """How far the parts are from their shares, of each value and of all rows."""
+    rows = (1 / weight).sum()
+    return round(float((lacking**2 * weight).sum() + (lacking.sum(axis=1) ** 2).sum() / rows), 6)
 
 
 def _place_single(
