@@ -43,7 +43,7 @@ class Crew:
         began, again, told = time.monotonic(), self.size > 0, False
         self._ask_for(self._scaling.most)
         while True:
-            found = min(room.free(self.each, answering=again), self._scaling.most)
+            found = min(room.free(self.each, self._scaling.most if again else None), self._scaling.most)
             waited_s = time.monotonic() - began
             settled = not again or waited_s > SETTLE_S
             enough = found >= (self._hoped_for or self._scaling.most)

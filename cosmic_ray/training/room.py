@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 
 from cosmic_ray.training.settings import Scaling
 
@@ -21,18 +23,25 @@ def fits(nodes: Iterable[Bundle], each: Bundle) -> int:
     return sum(int(min(node.get(name, 0.0) / amount + 1e-6 for name, amount in each.items())) for node in nodes)
 
 
-def free(each: Bundle, answering: bool = False) -> int:
+def free(each: Bundle, enough: int | None = None) -> int:
     """Workers of `each` that fit beside what runs now, on nodes that are not about to go.
 
-    `answering`: ask every node, since Ray takes its time to find out that one is dead.
+    `enough`: count only nodes that answer now, until there is room for so many: Ray takes its time to find out that a
+    node is dead.
     """
     import ray
     from ray._private.state import available_resources_per_node
 
-    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]} - leaving()
-    if answering:
-        alive = _answering(alive)
-    return fits((there for node, there in available_resources_per_node().items() if node in alive), each)
+    staying = {node["NodeID"] for node in ray.nodes() if node["Alive"]} - leaving()
+    there = {node: found for node, found in available_resources_per_node().items() if node in staying}
+    if enough is None:
+        return fits(there.values(), each)
+    found = 0
+    for node in _answering(there):
+        found += fits([there[node]], each)
+        if found >= enough:
+            break
+    return found
 
 
 def leaving() -> set[str]:
@@ -42,26 +51,23 @@ def leaving() -> set[str]:
     return set(state.get_draining_nodes())
 
 
-def _answering(nodes: set[str]) -> set[str]:
+def _answering(nodes: Iterable[str]) -> Iterator[str]:
+    """Those of `nodes` that answer within a few seconds, as they do."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     ask = ray.remote(num_cpus=0, max_retries=0)(_here)
-    asked = {
-        ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(): node
-        for node in nodes
-    }
-    answers, silent = ray.wait(list(asked), num_returns=len(asked), timeout=_ANSWER_S)
-    for ref in silent:
-        ray.cancel(ref)
-    found = set()
-    for ref in answers:
-        try:
-            ray.get(ref)
-            found.add(asked[ref])
-        except ray.exceptions.RayError:
-            continue
-    return found
+    places = {node: NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes}
+    asked = {ask.options(scheduling_strategy=place).remote(): node for node, place in places.items()}
+    deadline = time.monotonic() + _ANSWER_S
+    while asked:
+        answers, _ = ray.wait(list(asked), timeout=max(0.0, deadline - time.monotonic()))
+        if not answers:
+            return
+        node = asked.pop(answers[0])
+        with suppress(ray.exceptions.RayError):
+            ray.get(answers[0])
+            yield node
 
 
 def _here() -> None:

@@ -19,7 +19,7 @@ class Room:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.free, self.going = 0, set()
-        monkeypatch.setattr(room, "free", lambda each, answering=False: self.free)
+        monkeypatch.setattr(room, "free", lambda each, enough=None: self.free)
         monkeypatch.setattr(room, "leaving", lambda: self.going)
         monkeypatch.setattr(crew, "LOOK_S", 0.0)
         monkeypatch.setattr(crew, "SETTLE_S", 0.05)
