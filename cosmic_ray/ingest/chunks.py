@@ -19,7 +19,7 @@ from cosmic_ray.ingest.windows import Windows
 from cosmic_ray.stores.crops import CropStore
 from cosmic_ray.stores.manifest import CropSpec
 
-CHUNK_BYTES = 32 * 2**20
+CHUNK_BYTES = 64 * 2**20
 SCHEMA = pa.schema(
     {
         "step": pa.int64(),

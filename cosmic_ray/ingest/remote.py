@@ -42,7 +42,8 @@ _TAKEN: dict[str, threading.Event] = {}
 class RemoteWindows:
     """As `Windows`, read by one long Ray Data task that runs until the last step.
 
-    Memory: in the task, the open windows and what it reads ahead; in the object store, up to seven chunks.
+    Memory: in the task, the open windows and what it reads ahead; in the object store, half a dozen chunks, and those
+    that were used and that Ray has not freed yet: never more than fits there, and nothing is spilled.
 
     A task that dies (killed for memory, its node lost) is started again from the step that the rank needs next; what
     was handed out is not read again.

@@ -20,14 +20,14 @@ Way = Callable[[int], Iterator[int]]
 WORKERS = (0, 1, 2)
 
 
-def peers(store: CropStore, folder: Path, batch: int) -> dict[str, Way]:
-    """Every peer that is installed, with every number of its workers: name -> way."""
-    found: dict[str, Way] = {}
+def peers(store: CropStore, folder: Path, batch: int) -> dict[str, dict[str, Way]]:
+    """Every peer that is installed: name -> with so many workers -> way."""
+    found: dict[str, dict[str, Way]] = {}
     for name, (module, make) in _PEERS.items():
         if find_spec(module) is None:
             print(f"{name} is not installed: left out")
             continue
-        found |= {f"{name}, {workers} workers": make(store, folder, batch, workers) for workers in WORKERS}
+        found[name] = {f"{workers} workers": make(store, folder, batch, workers) for workers in WORKERS}
     return found
 
 
