@@ -189,19 +189,15 @@ def show(
     """Print what a published folder holds; a montage of a crop store, or of the crops of a cell store, too."""
     from cosmic_ray import storage
     from cosmic_ray.output import read_manifest
-    from cosmic_ray.stores import cells_form
-    from cosmic_ray.stores.cells import CellStore, open_store
-    from cosmic_ray.stores.manifest import FORMAT
-    from cosmic_ray.stores.show import describe_cells, describe_store
+    from cosmic_ray.stores.manifest import CELLS, FORMAT
+    from cosmic_ray.stores.show import glance
     from cosmic_ray.stores.show import montage as drawn
 
     manifest = read_manifest(uri)
-    if manifest.get("format") not in (FORMAT, cells_form.FORMAT):
+    if manifest.get("format") not in (FORMAT, CELLS):
         _print(manifest, as_json)
         return
-    store = open_store(uri)
-    about = describe_cells(store) if isinstance(store, CellStore) else describe_store(store)
-    crops = store if not isinstance(store, CellStore) else store.crops if store.manifest.images else None
+    about, crops = glance(uri)
     if crops is not None:
         storage.write_bytes(montage, drawn(crops))
         about["montage"] = montage

@@ -65,8 +65,8 @@ def _files(expression: Expression) -> Iterator[list[H5ad]]:
 def _build(job: BuildCells, target: Output, files: Sequence[H5ad], images: Source | None) -> None:
     genes = _genes(job, files)
     joined = join(read_obs(files, job.expression), images, job.seed)
-    _require_same_sources(target, files, joined)
     _require_share(job, target, joined, joined.faults)
+    _require_same_sources(target, files, joined)
     shard_rows = job.rows_per_group * job.groups_per_shard(images.spec if images else None)
     buckets = max(1, len(joined.obs) // shard_rows)
     reader = Reader(files, genes, joined, images, job.expression.values, job.quality, buckets)

@@ -138,8 +138,8 @@ class H5ad:
         dtype = self._counts["data"].dtype if sparse else self._counts.dtype
         if shape != (len(self.obs), len(self.var)):
             raise DataError(self.uri, f"{self._what} is {shape}, not {len(self.obs)} cells x {len(self.var)} genes")
-        if dtype.kind not in "iuf":
-            raise DataError(self.uri, f"{self._what} holds {dtype}, not numbers")
+        if dtype.kind not in "iuf" or dtype == np.float16:
+            raise DataError(self.uri, f"{self._what} holds {dtype}", "integers, float32 and float64 are read")
 
 
 def _place(uri: str, file: h5py.File, counts: str) -> str:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -18,6 +19,7 @@ from cosmic_ray import storage
 from cosmic_ray.cells.h5ad import local_file, require_column
 from cosmic_ray.errors import DataError
 from cosmic_ray.imaging.crops import cut, fits, render
+from cosmic_ray.imaging.fields import Rejected, read_labels
 from cosmic_ray.imaging.read import FieldError, read_field
 from cosmic_ray.imaging.segment import measure
 from cosmic_ray.stores.columns import image_column, table_schema
@@ -33,8 +35,18 @@ _MEASURED = ("area_px", "centroid_x", "centroid_y", "eccentricity", "mean_intens
 _MOST_BYTES = 2**28
 
 
-class Where(dict):
-    """Cell id -> where its image is (a name, a row, a label). Ids without an image are not in it."""
+@dataclass
+class Found:
+    """Which image is whose."""
+
+    where: dict[str, str | int]
+    """Cell id -> where its image is: a name, a row, a label. Ids without an image are not in it."""
+    faults: dict[str, tuple[str, str]]
+    """Cell id -> (reason, detail) where it cannot be told which image is whose."""
+    orphans: list[str]
+    """Images of no cell."""
+    total: int
+    """Images in all."""
 
 
 @dataclass
@@ -65,8 +77,8 @@ class Source(Protocol):
     digest: str
     """sha256 of the whole source, where it is known without reading each image; else empty."""
 
-    def find(self, cells: pd.DataFrame) -> tuple[Where, list[str]]:
-        """Where the image of each cell is, `cells` being `cell_id` and columns of obs; and the images of no cell."""
+    def find(self, cells: pd.DataFrame) -> Found:
+        """Which image is whose, `cells` being `cell_id` and columns of obs."""
 
     def read(self, cell_ids: Sequence[str], where: Sequence[str | int]) -> Crops:
         """The images of these cells."""
@@ -86,14 +98,16 @@ def open_images(images: Images, threads: int) -> Iterator[Source]:
         yield Labels(uri, images)
     elif uri.endswith(".zip"):
         with local_file(uri) as path, _zip(uri, path) as archive:
-            names = {info.filename: info for info in archive.infolist() if not info.is_dir()}
-            yield Files(uri, images, list(names), lambda name: _member(uri, archive, names[name]), threads)
+            members = [info for info in archive.infolist() if not info.is_dir()]
+            by_name = {info.filename: info for info in members}
+            names = [info.filename for info in members]
+            yield Files(uri, images, names, lambda name: _member(uri, archive, by_name[name]), threads)
     else:
         names = [found.removeprefix(uri).strip("/") for found in storage.listing(uri)]
         yield Files(uri, images, names, lambda name: storage.read_bytes(storage.join(uri, name)), threads)
 
 
-def _zip(uri: str, path) -> zipfile.ZipFile:
+def _zip(uri: str, path: Path) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(path)
     except (OSError, zipfile.BadZipFile) as error:
@@ -105,9 +119,7 @@ def _member(uri: str, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
         raise FieldError(storage.join(uri, info.filename), "absurd header", f"{info.file_size:,} bytes")
     try:
         return archive.read(info)
-    except (OSError, RuntimeError, zipfile.BadZipFile, NotImplementedError, EOFError) as error:
-        raise FieldError(storage.join(uri, info.filename), "corrupt", str(error)) from None
-    except Exception as error:  # zlib and lzma have their own
+    except Exception as error:  # zipfile's own, zlib's, lzma's, and RuntimeError for a password
         raise FieldError(storage.join(uri, info.filename), "corrupt", f"{type(error).__name__}: {error}") from None
 
 
@@ -116,28 +128,29 @@ class Files:
 
     late, digest = False, ""
 
-    def __init__(self, uri: str, images: Images, names: list[str], read, threads: int):
+    def __init__(self, uri: str, images: Images, names: list[str], read: Callable[[str], bytes], threads: int):
+        """`names`: paths below `uri`; one that stands twice is two images. `read`: the bytes of one."""
         self._uri, self._images, self._names, self._bytes, self._threads = uri, images, names, read, threads
         self.spec = images.spec
         described = "image files; those of 8 bits as they are"
         self.intensity = Intensity(scope="stored", description=described, masked=False)
 
-    def find(self, cells: pd.DataFrame) -> tuple[Where, list[str]]:
+    def find(self, cells: pd.DataFrame) -> Found:
         before, after = self._images.name.split("{cell_id}")
         ids = {before + cell_id + after: cell_id for cell_id in cells["cell_id"]}
         depths = sorted({name.count("/") + 1 for name in ids}, reverse=True)
-        where, twice, orphans = Where(), Counter(), []
+        seen: dict[str, list[str | int]] = {}
+        orphans = []
         for name in self._names:
+            if storage.name(name).startswith("."):  # what file managers and archivers leave beside
+                continue
             ends = ("/".join(name.split("/")[-depth:]) for depth in depths)
             cell_id = next((ids[end] for end in ends if end in ids), None)
             if cell_id is not None:
-                twice[cell_id] += 1
-                where[cell_id] = name
+                seen.setdefault(cell_id, []).append(name)
             elif name.endswith(after):
                 orphans.append(name)
-        for cell_id in (cell_id for cell_id, times in twice.items() if times > 1):
-            where[cell_id] = ""  # which of them is it?
-        return where, orphans
+        return _found(seen, orphans)
 
     def read(self, cell_ids: Sequence[str], where: Sequence[str | int]) -> Crops:
         with ThreadPoolExecutor(self._threads) as pool:
@@ -155,8 +168,6 @@ class Files:
         return Crops(rows, faults, total)
 
     def _read_one(self, name: str | int) -> tuple[np.ndarray | None, tuple[str, str], str]:
-        if not name:
-            return None, ("several images", "the same name in several folders"), ""
         try:
             data = self._bytes(str(name))
             digest = hashlib.sha256(data).hexdigest()
@@ -166,13 +177,23 @@ class Files:
 
     def _decoded(self, name: str, data: bytes) -> np.ndarray:
         count = len(self.spec.channels)
-        planes = [read_field(data, name, channel if count > 1 else None) for channel in range(count)]
-        crop = np.stack(planes)
+        if count > 1 and _has_channel(data, name, count):
+            raise FieldError(name, "wrong dimensions", f"does not hold {count} channels")
+        crop = np.stack([read_field(data, name, channel if count > 1 else None) for channel in range(count)])
         if crop.dtype != np.uint8:
             raise FieldError(name, "wrong dtype", f"{crop.dtype}, not uint8")
         if crop.shape != self.spec.shape:
             raise FieldError(name, "wrong dimensions", f"{crop.shape[1:]} px, not {self.spec.shape[1:]}")
         return crop
+
+
+def _has_channel(data: bytes, name: str, channel: int) -> bool:
+    """Whether there is such a channel, from 0; a grey image, asked for one, is taken for any."""
+    try:
+        read_field(data, name, channel)
+    except FieldError as error:
+        return error.reason in ("black", "flat")
+    return True
 
 
 _REASONS = {"wrong dimensions": "wrong size or channels", "wrong dtype": "wrong pixel type"}
@@ -187,15 +208,16 @@ class StoredCrops:
         self._store = store
         self.spec, self.intensity, self.digest = store.spec, store.manifest.intensity, store.content_hash
 
-    def find(self, cells: pd.DataFrame) -> tuple[Where, list[str]]:
+    def find(self, cells: pd.DataFrame) -> Found:
         wanted = set(cells["cell_id"])
-        where, orphans = Where(), []
+        seen: dict[str, list[str | int]] = {}
+        orphans = []
         for row, crop_id in enumerate(self._store.metadata(["crop_id"])["crop_id"].to_pylist()):
             if crop_id in wanted:
-                where[crop_id] = row
+                seen.setdefault(crop_id, []).append(row)
             else:
                 orphans.append(crop_id)
-        return where, orphans
+        return _found(seen, orphans)
 
     def read(self, cell_ids: Sequence[str], where: Sequence[str | int]) -> Crops:
         rows = np.array(where, np.int64)
@@ -212,32 +234,40 @@ class Labels:
         self._uri, self._images, self.spec = uri, images, images.spec
         data = storage.read_bytes(uri)
         self.digest = hashlib.sha256(data).hexdigest()
-        self._labels = read_field(data, uri)
+        try:
+            self._labels = read_labels(data, uri)
+        except Rejected as error:
+            raise DataError(uri, f"{error.reason} {error.detail}", "images.uri is a label image") from None
         self._columns = measure(self._labels, self._labels)
         self._place = {int(label): row for row, label in enumerate(self._columns["label"])}
         self._fits = fits(self._columns, self.spec.height)
         self.intensity = Intensity(scope="stored", description="masks: 255 is the nucleus", masked=True)
 
-    def find(self, cells: pd.DataFrame) -> tuple[Where, list[str]]:
+    def find(self, cells: pd.DataFrame) -> Found:
         column = str(self._images.label)
         require_column(cells, column, self._uri, "images.label")
         labels = cells[column].to_numpy()
         if labels.dtype.kind not in "iu":
             raise DataError(self._uri, f"column {column!r} holds {labels.dtype}, not the numbers of nuclei")
         times = Counter(labels.tolist())
-        where = Where()
+        where: dict[str, str | int] = {}
+        faults = {}
         for cell_id, label in zip(cells["cell_id"], labels.tolist(), strict=True):
-            if label in self._place:
-                where[cell_id] = label if times[label] == 1 else 0
-        return where, [str(label) for label in self._place if label not in times]
+            if label in self._place and times[label] == 1:
+                where[cell_id] = label
+            elif label in self._place:
+                faults[cell_id] = ("several cells", f"nucleus {label} is that of {times[label]} cells")
+        orphans = [str(label) for label in self._place if label not in times]
+        return Found(where, faults, orphans, len(self._place))
 
     def read(self, cell_ids: Sequence[str], where: Sequence[str | int]) -> Crops:
-        rows = np.array([self._place.get(int(label), -1) for label in where], np.int64)
-        shared, large = rows < 0, (rows >= 0) & ~self._fits[rows]
-        faults = {cell_ids[i]: ("several cells", "of one nucleus") for i in np.flatnonzero(shared)}
-        for i in np.flatnonzero(large):
-            faults[cell_ids[i]] = ("too large", f"nucleus {where[i]} does not fit into {self.spec.height} px")
-        good = np.flatnonzero(~shared & ~large)
+        rows = np.array([self._place[int(label)] for label in where], np.int64)
+        large = ~self._fits[rows]
+        side = self.spec.height
+        faults = {
+            cell_ids[i]: ("too large", f"nucleus {where[i]} does not fit into {side} px") for i in np.flatnonzero(large)
+        }
+        good = np.flatnonzero(~large)
         crops = np.zeros((len(good), *self.spec.shape), np.uint8)
         white = np.full((1, *self._labels.shape), 255, np.uint8)
         for crop, row in zip(crops, rows[good], strict=True):
@@ -248,6 +278,14 @@ class Labels:
         ids = [cell_ids[i] for i in good]
         table = _rows(ids, [self._uri] * len(ids), crops, measured, self._images.pixel_size_um)
         return Crops(table, faults, self.digest)
+
+
+def _found(seen: dict[str, list[str | int]], orphans: list[str]) -> Found:
+    """Of cells with several images none is taken: nobody knows which one it is."""
+    where = {cell_id: places[0] for cell_id, places in seen.items() if len(places) == 1}
+    several = {cell_id: places for cell_id, places in seen.items() if len(places) > 1}
+    faults = {cell_id: ("several images", ", ".join(map(str, places[:3]))) for cell_id, places in several.items()}
+    return Found(where, faults, orphans, len(orphans) + sum(map(len, seen.values())))
 
 
 def _rows(

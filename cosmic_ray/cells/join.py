@@ -63,12 +63,16 @@ def join(obs: pd.DataFrame, source: Source | None, seed: int) -> Joined:
             faults[row] = ("duplicate id", f"{times[cell_id]} cells have it")
     if source is None:
         return Joined(obs, [None] * len(ids), order_keys(ids, seed), faults, [], 0)
-    found, orphans = source.find(obs)
+    found = source.find(obs)
     for row, cell_id in enumerate(ids):
-        if cell_id not in found:
-            faults.setdefault(row, ("no image", ""))
-    where = [found.get(cell_id) for cell_id in ids]
-    return Joined(obs, where, order_keys(ids, seed), faults, orphans, len(orphans) + len(found))
+        if row in faults:
+            continue
+        if cell_id in found.faults:
+            faults[row] = found.faults[cell_id]
+        elif cell_id not in found.where:
+            faults[row] = ("no image", "")
+    where = [found.where.get(cell_id) for cell_id in ids]
+    return Joined(obs, where, order_keys(ids, seed), faults, found.orphans, found.total)
 
 
 def rejected_table(joined: Joined, faults: dict[int, Fault], genes: list[tuple[str, str, str]]) -> pa.Table:

@@ -25,9 +25,10 @@ from pydantic import Field, ValidationError
 from cosmic_ray import output
 from cosmic_ray.config import Config
 from cosmic_ray.errors import DataError
+from cosmic_ray.stores import manifest as crops_form
 from cosmic_ray.stores.manifest import CropSpec, self_digest
 
-FORMAT, VERSION = "cosmic-ray/cells", 1
+FORMAT, VERSION = crops_form.CELLS, 1
 CROPS, EXPRESSION, CELLS, GENES = "crops", "expression", "cells.parquet", "genes.parquet"
 Values = Literal["raw", "soft"]
 

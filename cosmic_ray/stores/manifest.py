@@ -24,6 +24,7 @@ from cosmic_ray.errors import DataError
 from cosmic_ray.stores.statistics import Statistics
 
 FORMAT = "cosmic-ray/crops"
+CELLS = "cosmic-ray/cells"
 VERSION = 1
 SHARDS = "shards"
 
@@ -234,7 +235,8 @@ def _refusal(uri: str, data: bytes, error: ValidationError) -> DataError:
         return DataError(uri, f"not valid JSON: {broken}")
     if not isinstance(tree, dict) or tree.get("format") != FORMAT:
         kind = tree.get("format") if isinstance(tree, dict) else type(tree).__name__
-        return DataError(uri, f"not a crop store: its format is {kind!r}", f"expected {FORMAT!r}")
+        inside = "; the images of a cell store are the crop store in its folder crops/" if kind == CELLS else ""
+        return DataError(uri, f"not a crop store: its format is {kind!r}", f"expected {FORMAT!r}{inside}")
     if tree.get("version") != VERSION:
         return DataError(uri, f"unknown version {tree.get('version')!r} of {FORMAT}", f"this program reads {VERSION}")
     first = error.errors(include_url=False)[0]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cosmic_ray.stores.cells import CellStore
+from cosmic_ray.stores.cells import CellStore, open_store
 from cosmic_ray.stores.crops import CropStore
 
 if TYPE_CHECKING:
@@ -17,6 +17,14 @@ _COLOURS = np.array(
     [[0.35, 0.55, 1.0], [0.2, 1.0, 0.3], [1.0, 0.3, 0.25], [1.0, 0.85, 0.2], [0.9, 0.3, 1.0], [0.3, 1.0, 1.0]]
 )
 _GAP, _CAPTION = 2, 16
+
+
+def glance(uri: str) -> tuple[dict[str, Any], CropStore | None]:
+    """The description of the crop store or cell store at `uri`, and its crops where it has any."""
+    store = open_store(uri)
+    if isinstance(store, CropStore):
+        return describe_store(store), store
+    return describe_cells(store), store.crops if store.manifest.images else None
 
 
 def describe_store(store: CropStore) -> dict[str, Any]:

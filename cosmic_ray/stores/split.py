@@ -213,7 +213,7 @@ class Split:
 
     @classmethod
     def open(cls, uri: str, store: CropStore | CellStore) -> Split:
-        """Open the split at `uri` of `store`, or of the cell store whose crops `store` holds.
+        """Open the split at `uri` of `store`. One of a cell store is one of its crops, and the other way round.
 
         Raises:
             DataError: where there is none, its version is unknown, it was damaged, or it is of another store.
@@ -224,7 +224,7 @@ class Split:
         if (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
             problem = f"not a split this program reads: {manifest.get('format')!r}, version {manifest.get('version')!r}"
             raise DataError(at, problem, f"expected {FORMAT!r}, version {VERSION}")
-        if store.content_hash not in (manifest["store"]["content_hash"], manifest["store"].get("crops_hash")):
+        if not set(_hashes(manifest["store"])) & set(_hashes(_named(store))):
             problem = f"this split is of another store ({manifest['store']['uri']}), not of {store.uri}"
             raise DataError(at, problem, "make a split of this one")
         data = storage.read_bytes(storage.join(uri, _CODES))
@@ -262,6 +262,10 @@ def _named(store: CropStore | CellStore) -> dict[str, str]:
     if isinstance(store, CellStore) and store.manifest.images:
         named["crops_hash"] = store.manifest.images.content_hash
     return named
+
+
+def _hashes(named: dict[str, str]) -> list[str]:
+    return [named[key] for key in ("content_hash", "crops_hash") if key in named]
 
 
 def _by_value(codes: np.ndarray, stratum: Column) -> dict[str, dict[str, int]]:

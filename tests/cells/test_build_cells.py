@@ -10,15 +10,20 @@ from typing import Any
 
 import anndata
 import numpy as np
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from making_cells import LENIENT, SIDE, encoded, expression, image_of, make_adata, write_iris
 from PIL import Image
 from scipy.sparse import csc_matrix, csr_matrix
 
 from cosmic_ray import storage
 from cosmic_ray.cells import build
-from cosmic_ray.cells.job import BuildCells
+from cosmic_ray.cells.images import Files
+from cosmic_ray.cells.job import BuildCells, Images
+from cosmic_ray.cells.join import join
 from cosmic_ray.errors import CosmicError, DataError, JobError
 from cosmic_ray.ingest.plan import Plan
 from cosmic_ray.ingest.selection import Selection
@@ -105,13 +110,15 @@ def test_several_files_in_one_order_of_genes(tmp_path: Path):
     assert np.array_equal(made.X.toarray(), both[:, np.isin(one.var_names, made.var_names)])
     of_two = made.obs_names.str.startswith("cell-2")
     assert np.isnan(made.obs["extra"][~of_two]).all() and (made.obs["extra"][of_two] == 7).all()
-    two[:, 1:].write_h5ad(tmp_path / "in" / "more.h5ad")
+    two[:, 1:].copy().write_h5ad(tmp_path / "in" / "more.h5ad")
     with pytest.raises(DataError, match=r"more\.h5ad: lacks 1 genes of .*cells\.h5ad: ENS00000"):
         run(tmp_path / "bad", keys)
 
 
 def test_a_crop_store_and_anndata(tmp_path: Path, crop_store: Callable[..., CropStore]):
-    crops = crop_store(50, channels=2, size=16)
+    crops = crop_store(
+        50, channels=2, size=16, columns={"donor": ["unknown"] * 50, "q_focus": np.arange(50, dtype=np.int32)}
+    )
     adata = make_adata(40)
     ids = crops.metadata(["crop_id"])["crop_id"].to_pylist()
     adata.obs["cell_id"] = ids[5:45]
@@ -126,7 +133,8 @@ def test_a_crop_store_and_anndata(tmp_path: Path, crop_store: Callable[..., Crop
     assert verify_published(store.uri) == [] and store.crops.manifest.intensity == crops.manifest.intensity
     rows = np.array([ids.index(name) for name in store.obs(["cell_id"])["cell_id"].to_pylist()])
     assert np.array_equal(store.crops.crops(np.arange(40)), crops.crops(rows))
-    columns = [name for name in crops.columns if name != "image"]
+    columns = [name for name in crops.columns if name not in ("image", "donor")]
+    assert set(store.crops.metadata(["donor"])["donor"].to_pylist()) == {"D0", "D1"}
     assert store.crops.metadata(columns).to_pandas().equals(crops.metadata(columns, rows).to_pandas())
     assert store.manifest.lineage[crops.uri] == crops.content_hash
 
@@ -226,6 +234,7 @@ def test_every_cell_at_fault_is_listed(tmp_path: Path):
     (folder / "again" / f"{ids[17]}.jpg").write_bytes(encoded(image_of(ids[17])))
     (folder / "stranger.jpg").write_bytes(encoded(image_of("stranger")))
     (folder / "notes.txt").write_text("not an image")
+    (folder / "._stranger.jpg").write_bytes(b"what macOS leaves beside")
     results, store = run(tmp_path / "out", keys)
     assert results["cells_rejected"] == {
         "black image": 1,
@@ -252,6 +261,64 @@ def test_every_cell_at_fault_is_listed(tmp_path: Path):
     assert verify_published(store.uri) == []
 
 
+def test_images_of_several_channels(tmp_path: Path):
+    """Three channels as they are; files of one and of four are no files of three."""
+    adata = make_adata()
+    keys = write_iris(tmp_path / "in", adata)
+    ids = adata.obs["cell_id"].tolist()
+    pictures = {}
+    for cell_id in ids:
+        pictures[cell_id] = np.stack([image_of(f"{cell_id}{channel}") for channel in "RGB"], axis=-1)
+        (tmp_path / "in/images" / f"{cell_id}.png").write_bytes(encoded(pictures[cell_id], "PNG"))
+    for cell_id, bad in ((ids[0], image_of("grey")), (ids[1], np.stack([image_of(c) for c in "RGBA"], axis=-1))):
+        (tmp_path / "in/images" / f"{cell_id}.png").write_bytes(encoded(bad, "PNG"))
+    keys["images"] |= {"name": "{cell_id}.png", "channels": ["DNA", "ER", "Mito"]}
+    results, store = run(tmp_path / "out", keys)
+    assert results["cells_rejected"] == {"wrong size or channels": 2}
+    assert store.spec.channels == ("DNA", "ER", "Mito") and verify_published(store.uri) == []
+    crops = store.crops.crops(np.arange(len(store)))
+    for crop, cell_id in zip(crops, store.obs(["cell_id"])["cell_id"].to_pylist(), strict=True):
+        assert np.array_equal(crop, np.moveaxis(pictures[cell_id], -1, 0))
+
+
+def test_columns_keep_their_names_and_types(tmp_path: Path):
+    """What the job names comes first; numbers, missing ones too, truth values and text stay what they are."""
+    adata = make_adata()
+    adata.obs["batch"] = "not the batch"
+    adata.obs["age"] = pd.array([None, *range(39)], dtype="Int64")
+    adata.obs["passage"] = pd.array(range(40), dtype="Int64")
+    adata.obs["note"] = [None, *["text"] * 39]
+    adata.uns["simulated"] = True
+    results, store = run(tmp_path / "out", write_iris(tmp_path / "in", adata))
+    obs = store.obs().to_pandas().sort_values("source_row")
+    assert results["simulated"] is store.simulated is True
+    assert obs["batch"].tolist() == adata.obs["plate"].tolist() and set(obs["obs_batch"]) == {"not the batch"}
+    assert np.isnan(obs["age"].iloc[0]) and obs["age"].tolist()[1:] == list(range(39))
+    assert obs["passage"].dtype == np.int64 and obs["note"].tolist() == ["", *["text"] * 39]
+    assert obs["good"].dtype == bool and obs["size"].dtype == np.float64
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    ids=st.lists(st.sampled_from(["a", "b", "c", "d/e", "f", ""]), max_size=12),
+    names=st.lists(st.sampled_from(["a.jpg", "b.jpg", "x/b.jpg", "d/e.jpg", "z.jpg", "c.png"]), max_size=8),
+)
+def test_nothing_is_dropped_unsaid(ids: list[str], names: list[str]):
+    """Every cell is joined to its one image or listed with a reason; every image is a cell's or listed."""
+    source = Files("images", Images(uri="images"), names, lambda name: b"", 1)
+    joined = join(pd.DataFrame({"cell_id": pd.Series(ids, dtype=object)}), source, seed=0)
+    pictures = [name for name in names if name.endswith(".jpg")]
+    for row, cell_id in enumerate(ids):
+        alone = ids.count(cell_id) == 1 and cell_id != ""
+        own = [name for name in pictures if name == f"{cell_id}.jpg" or name.endswith(f"/{cell_id}.jpg")]
+        assert (row in joined.faults) == (not alone or len(own) != 1)
+        if row not in joined.faults:
+            assert joined.where[row] == own[0]
+    known = {f"{cell_id}.jpg" for cell_id in ids}
+    assert joined.images == len(pictures)
+    assert sorted(joined.orphans) == sorted(n for n in pictures if n not in known and n.split("/")[-1] not in known)
+
+
 def test_too_much_at_fault_ends_the_job(tmp_path: Path):
     adata = make_adata()
     keys = write_iris(tmp_path / "in", adata)
@@ -260,7 +327,8 @@ def test_too_much_at_fault_ends_the_job(tmp_path: Path):
     with pytest.raises(CosmicError, match=r"9 of 40 cells are rejected.*0\.2: 9 no image; each is listed in"):
         run(tmp_path / "out", keys)
     assert len(rejected(tmp_path / "out")) == 9 and not (tmp_path / "out/manifest.json").exists()
-    assert run(tmp_path / "out", keys, max_rejected_share=0.3)[0]["rows"] == 31
+    (tmp_path / "in/images" / f"{adata.obs['cell_id'].iloc[0]}.jpg").write_bytes(encoded(image_of("found")))
+    assert run(tmp_path / "out", keys, max_rejected_share=0.3)[0]["rows"] == 32
     renamed = make_adata(prefix="other")
     keys["expression"]["uri"] = write_iris(tmp_path / "in2", renamed)["expression"]["uri"]
     with pytest.raises(CosmicError, match=r"40 of 40 cells are rejected.*40 no image"):
@@ -279,9 +347,14 @@ def twin_genes(adata: anndata.AnnData) -> None:
     adata.var_names = ["ENS00000", "ENS00000", *adata.var_names[2:]]
 
 
+def truth_values(adata: anndata.AnnData) -> None:
+    adata.X = adata.X.toarray() > 0
+
+
 @pytest.mark.parametrize(
     "change,keys,problem",
     [
+        (truth_values, {}, r"X holds (bool|\|b1|enum)"),
         (normalised, {}, r"not raw counts: \d+% of the values read.*for ENS0000\d in cell 'cell-0-.*values=soft"),
         (by_genes, {}, r"X is stored by genes \(CSC\).*tocsr"),
         (twin_genes, {}, r"1 gene ids stand twice: ENS00000 \(use unique ids"),

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from making import MakeTestStore, make_store
 from scipy.sparse import csr_matrix
 
-from cosmic_ray import output, storage
+from cosmic_ray import cli, output, storage
 from cosmic_ray.errors import DataError
 from cosmic_ray.output import claim
 from cosmic_ray.stores.cells import CellStore, open_store
@@ -159,6 +159,16 @@ def test_cells_and_crops_by_row(cell_store):
     assert isinstance(open_store(store.uri), CellStore) and isinstance(open_store(store.crops.uri), CropStore)
 
 
+def test_one_kind_of_store_is_not_the_other(cell_store):
+    store = cell_store()
+    with pytest.raises(
+        DataError, match=r"not a crop store.*the images of a cell store are the crop store in its folder"
+    ):
+        CropStore.open(store.uri)
+    with pytest.raises(DataError, match="not a cell store: its format is 'cosmic-ray/crops'"):
+        CellStore.open(store.crops.uri)
+
+
 def test_rows_columns_and_genes_that_are_not_there(cell_store):
     store = cell_store()
     for rows in ([20], [-1]):
@@ -283,6 +293,22 @@ def test_manifests_that_do_not_open(cell_store):
     at.write_bytes(output.encode({**good, "rows": 21}))
     with pytest.raises(DataError, match="does not match its own digest"):
         CellStore.open(store.uri)
+
+
+def test_the_command_line_knows_cells(cell_store, tmp_path: Path, capsys: pytest.CaptureFixture):
+    store, without = cell_store(), cell_store(images=False)
+    cli.show(store.uri, montage=str(tmp_path / "m.png"), as_json=True)
+    about = json.loads(capsys.readouterr().out)
+    assert (about["rows"], about["genes"], about["row_groups"]) == (20, 7, 3)
+    assert (tmp_path / "m.png").read_bytes()[:4] == b"\x89PNG" and about["montage"] == str(tmp_path / "m.png")
+    cli.show(without.uri, montage=str(tmp_path / "none.png"), as_json=True)
+    assert "montage" not in json.loads(capsys.readouterr().out) and not (tmp_path / "none.png").exists()
+    with pytest.raises(SystemExit, match="0"):
+        cli.verify(store.uri, as_json=True)
+    Path(f"{store.uri}/genes.parquet").write_bytes(b"spoilt")
+    with pytest.raises(SystemExit, match="1"):
+        cli.verify(store.uri, as_json=True)
+    assert "genes.parquet: its bytes do not match" in capsys.readouterr().out
 
 
 def test_other_crops_in_its_place_are_noticed(cell_store, tmp_path: Path):

@@ -14,7 +14,7 @@ from making import make_store
 from scipy.sparse import csr_matrix
 from test_cells import cells_of
 
-from cosmic_ray.errors import JobError
+from cosmic_ray.errors import DataError, JobError
 from cosmic_ray.stores.groups import Column, group_rows
 from cosmic_ray.stores.split import PARTS, MakeSplit, Split
 from cosmic_ray.stores.strata import assign_stratified
@@ -140,6 +140,9 @@ def test_a_stratified_split_of_cells(tmp_path: Path):
     wells = np.array(store.crops.metadata(["well"])["well"].to_pylist())
     crops.run()
     codes = Split.open(crops.out, store.crops).codes
+    assert np.array_equal(Split.open(crops.out, store).codes, codes)
+    with pytest.raises(DataError, match="is of another store"):
+        Split.open(job.out, make_store(str(tmp_path / "another"), 60, size=24, seed=5))
     assert all(len(set(codes[wells == well])) == 1 for well in set(wells))
 
 
