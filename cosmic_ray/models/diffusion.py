@@ -142,9 +142,9 @@ class Diffusion:
     def imagen(cls) -> Diffusion:
         """As COSMIC trained imagen-pytorch 2.1.0 (App. A).
 
-        The lowest log-SNR is that library's at time 1, what float32 leaves of a cosine that should be 0.
+        The lowest log-SNR is that library's at time 1, where float32 makes -4.371139e-08 of a cosine that should be 0.
         """
-        return cls("x0", offset=0.008, lowest=-33.8913, threshold=0.95)
+        return cls("x0", offset=0.008, lowest=2 * math.log(4.371139e-08), threshold=0.95)
 
     @classmethod
     def better(cls, image_size: int) -> Diffusion:

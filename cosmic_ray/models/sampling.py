@@ -27,7 +27,7 @@ Network = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], tor
 
 Noise = Callable[[int], torch.Tensor]
 """`noise(step)`: standard normal float32 (N, C, H, W), keyed by cell and step. Step 0 is where sampling starts; step
-k is what a stochastic sampler adds after its k-th call of the network."""
+k is what a stochastic sampler adds after its k-th call of the network; nothing is added after the last."""
 
 START = -15.0
 """The lowest log-SNR that sampling starts at: noise hides even the mean of a 256 x 256 image there, and below, float32
@@ -72,11 +72,11 @@ def sample(
     """
     logsnrs = levels(diffusion, sampler, steps)
     begin = _beginning(diffusion, logsnrs, strength, start)
-    scheduler = _scheduler(sampler, logsnrs)
-    exact = _logsnrs(scheduler)
+    scheduler = _scheduler(diffusion, sampler, logsnrs)
     x = noise(0).to(condition.device)
+    exact = torch.logit(scheduler.alphas_cumprod.double()).flip(0).to(x)  # after the scheduler's own rounding
     if start is not None:
-        x = diffuse(start.to(x), x, exact[begin].expand(len(x)).to(x))
+        x = diffuse(start.to(x), x, exact[begin].expand(len(x)))
     scheduler.set_timesteps(steps)
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(begin)
@@ -85,10 +85,11 @@ def sample(
         x0, calls = _guided(network, diffusion, x, exact[step], condition, guidance)
         given = {"eta": 1.0} if sampler in ("ddpm", "ddpm-time") else {}
         if sampler in STOCHASTIC:
-            given["variance_noise"] = noise(step + 1).to(x)
+            last = step + 1 == steps
+            given["variance_noise"] = torch.zeros_like(x) if last else noise(step + 1).to(x)
         x = scheduler.step(x0, scheduler.timesteps[step], x, return_dict=False, **given)[0]
         nfe += calls
-    return Sampled(x, nfe)
+    return Sampled(x if diffusion.threshold is None else x.clamp(-1, 1), nfe)
 
 
 def _guided(
@@ -101,7 +102,7 @@ def _guided(
 ) -> tuple[torch.Tensor, int]:
     """The limited x0 at `x`, and the evaluations a sample that took; both halves of a guided step are one batch."""
     n = len(x)
-    level = logsnr.to(x).expand(n)
+    level = logsnr.expand(n)
     if guidance in (0.0, 1.0):
         drop = torch.full((n,), guidance == 0.0, device=x.device)
         said, calls = network(x, level, condition, drop), 1
@@ -125,7 +126,7 @@ def levels(diffusion: Diffusion, sampler: Sampler, steps: int) -> torch.Tensor:
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
     if sampler == "ddpm-time":
-        return diffusion.logsnr(torch.linspace(1, 1 / steps, steps, dtype=torch.float64)).clamp(min=START)
+        return diffusion.logsnr(torch.linspace(1, 1 / steps, steps, dtype=torch.float64))
     return torch.linspace(START, END, steps, dtype=torch.float64)
 
 
@@ -141,7 +142,7 @@ def _beginning(diffusion: Diffusion, logsnrs: torch.Tensor, strength: float, sta
     return begin
 
 
-def _scheduler(sampler: Sampler, logsnrs: torch.Tensor) -> Any:
+def _scheduler(diffusion: Diffusion, sampler: Sampler, logsnrs: torch.Tensor) -> Any:
     """The scheduler of diffusers whose training steps are this run's steps: timestep i is step `len - 1 - i`."""
     import diffusers
 
@@ -149,15 +150,15 @@ def _scheduler(sampler: Sampler, logsnrs: torch.Tensor) -> Any:
     betas = 1 - abar / torch.cat((abar.new_ones(1), abar[:-1]))
     shared = {"num_train_timesteps": len(abar), "trained_betas": betas.tolist(), "prediction_type": "sample"}
     if sampler in ("ddpm", "ddpm-time", "ddim"):
-        return diffusers.DDIMScheduler(clip_sample=False, **shared)
+        scheduler = diffusers.DDIMScheduler(clip_sample=False, **shared)
+        # Its own are multiplied up in float32, where the noisiest vanish.
+        scheduler.alphas_cumprod = abar
+        if sampler == "ddpm-time":  # which ends at time 0, not at no noise at all
+            scheduler.final_alpha_cumprod = diffusion.logsnr(torch.zeros((), dtype=torch.float64)).sigmoid()
+        return scheduler
     if sampler in ("dpm++2m", "dpm++2m-sde"):
         kind = "sde-dpmsolver++" if sampler == "dpm++2m-sde" else "dpmsolver++"
         return diffusers.DPMSolverMultistepScheduler(algorithm_type=kind, timestep_spacing="trailing", **shared)
     if sampler == "unipc":
         return diffusers.UniPCMultistepScheduler(timestep_spacing="trailing", **shared)
     raise ValueError(f"unknown sampler {sampler!r}")
-
-
-def _logsnrs(scheduler: Any) -> torch.Tensor:
-    """The log-SNRs that the scheduler holds, after its own rounding: float32 (steps,), noisiest first."""
-    return torch.logit(scheduler.alphas_cumprod.double()).flip(0).float()

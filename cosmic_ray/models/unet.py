@@ -7,7 +7,7 @@ After ADM (Dhariwal & Nichol 2021) and simple diffusion (Hoogeboom et al. 2023),
 - One vector of the log-SNR and the condition scales and shifts the second norm of every block. A single latent is one
   token; attention to it would add nothing to that. The condition is standardised by statistics that the network
   carries, so that embeddings of any scale arrive at spread 1.
-- Every block and the output begin at zero, so that the network begins as the identity of its skips.
+- Every block begins as its skip and the output at zero.
 
 No BatchNorm and no dropout: an output depends on its own sample alone.
 """
@@ -24,7 +24,7 @@ from torch.nn import functional
 
 HEAD_DIM = 32
 LOGSNR_UNIT = 4.0
-"""log-SNRs are divided by this: about the spread of a cosine schedule's."""
+"""log-SNRs are divided by this, about their spread under a cosine schedule."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class UNetConfig:
 
     image_size: int
     widths: tuple[int, ...]
-    """Channels of each level; the first sees half the image's resolution, each other half of the one before."""
+    """Channels of each level; the first sees one pixel for each patch, every other half the resolution before it."""
     depths: tuple[int, ...]
     """Blocks of each level on the way down; one more on the way up."""
     attention_from: int
@@ -41,6 +41,7 @@ class UNetConfig:
     condition_size: int = 64
     channels: int = 1
     patch: int = 2
+    """Side of the patches of pixels that become channels."""
 
     @classmethod
     def of(cls, preset: str, **changes: Any) -> UNetConfig:

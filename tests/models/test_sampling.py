@@ -102,8 +102,10 @@ class TestKnownAnswers:
             if step == 0:
                 mean, variance = posterior(x0, x, logsnr.expand(4), logsnrs[1].expand(4))
                 x = mean + variance.sqrt() * noise(1)
-        # diffusers keeps its betas in float32, which at the noisiest step is worth 2e-4 of the widest component.
-        torch.testing.assert_close(run(best, "ddpm-time", keys, steps=2), x0[:, 0, 0], rtol=1e-4, atol=3e-3)
+        x0, _ = posterior(
+            x0, x, logsnrs[1].expand(4), torch.full((4,), FREE.highest)
+        )  # the schedule's own end, where nothing is added
+        torch.testing.assert_close(run(best, "ddpm-time", keys, steps=2), x0[:, 0, 0], rtol=1e-4, atol=1e-4)
 
     @pytest.mark.parametrize("sampler", ["dpm++2m", "unipc"])
     def test_guidance_moves_where_it_should(self, sampler: str) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from cosmic_ray.models.diffusion import Diffusion, diffuse, limit, posterior, squared_error, to_x0
+from cosmic_ray.models.sampling import sample
 from cosmic_ray.models.unet_imagen import ImagenConfig, ImagenUNet
 
 SMALL = ImagenConfig(image_size=16, condition_size=6, dim=8, token_dim=16, widths=(1, 2))
@@ -194,3 +195,25 @@ class TestTheLibrary:
         ours = posterior(found, x, logsnr, logsnr_next)
         torch.testing.assert_close(ours[0], mean, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(ours[1], variance, rtol=1e-3, atol=1e-6)
+
+    @torch.no_grad()
+    def test_sampling(self, imagen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Eight steps of the library's own loop against `ddpm-time`, on the same noise."""
+        generator = torch.Generator().manual_seed(2)
+        noise = [torch.randn(3, 3, 32, 32, generator=generator) for _ in range(9)]
+        latents, scheduler = inputs()[2], imagen.noise_schedulers[0]
+        with monkeypatch.context() as patch:
+            fed = iter(noise)
+            for name in ("randn", "randn_like"):
+                patch.setattr(torch, name, lambda *_, **__: next(fed))
+            patch.setattr(scheduler, "num_timesteps", 8)
+            theirs = imagen.p_sample_loop(
+                imagen.unets[0], (3, 3, 32, 32), noise_scheduler=scheduler, text_embeds=latents[:, None],
+                text_mask=torch.ones(3, 1, dtype=torch.bool), pred_objective="x_start", use_tqdm=False,
+            )  # fmt: skip
+        ours = sample(
+            copied(imagen.unets[0]), Diffusion.imagen(), latents, noise.__getitem__, sampler="ddpm-time", steps=8
+        )
+        assert ours.nfe == 8
+        assert theirs.std() > 0.1
+        torch.testing.assert_close((ours.images + 1) / 2, theirs, rtol=0, atol=1e-3)
