@@ -102,9 +102,8 @@ class TestKnownAnswers:
             if step == 0:
                 mean, variance = posterior(x0, x, logsnr.expand(4), logsnrs[1].expand(4))
                 x = mean + variance.sqrt() * noise(1)
-        x0, _ = posterior(
-            x0, x, logsnrs[1].expand(4), torch.full((4,), FREE.highest)
-        )  # the schedule's own end, where nothing is added
+        end = torch.full((4,), FREE.highest)  # the schedule's own, where nothing is added
+        x0, _ = posterior(x0, x, logsnrs[1].expand(4), end)
         torch.testing.assert_close(run(best, "ddpm-time", keys, steps=2), x0[:, 0, 0], rtol=1e-4, atol=1e-4)
 
     @pytest.mark.parametrize("sampler", ["dpm++2m", "unipc"])
