@@ -38,6 +38,7 @@ NO_RAY = [
     "training/loop.py",
     "training/objective.py",
     "training/mae.py",
+    "training/seq2img.py",
 ]
 
 
