@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from making import make_store
 from scipy.sparse import csr_matrix
-from test_cells import cells_of
+from test_cell_store import cells_of
 
 from cosmic_ray.errors import DataError, JobError
 from cosmic_ray.stores.groups import Column, group_rows
