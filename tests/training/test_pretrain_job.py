@@ -96,7 +96,7 @@ def test_a_full_disk_is_refused_before_work_starts(crops, monkeypatch):
         ({"workers": 4}, THREE_SMALL_NODES, r"nodes have 2, 2, 2, which is room for 3 \(scaling.workers=3"),
         ({"workers": 2, "gpus_per_worker": 1}, ONE_NODE, "2 workers of 1 GPUs, and the cluster has 0"),
         ({"workers": [3, 4]}, ONE_NODE, r"scaling.workers = \(3, 4\): 3 workers of 1 CPUs.*room for 1"),
-        ({}, Resources(1, (8.0,), 8.0, 0.0, 1e6, 1e9), r"data.window = 4: 1 readers hold 0.1 GB of open windows"),
+        ({}, Resources(1, (8.0,), 8.0, 0.0, 1e6, 1e9), r"data.window = 4: 1 readers hold 0.2 GB of open windows"),
     ],
 )
 def test_too_little_of_the_cluster_is_refused(crops, scaling, found, text):
