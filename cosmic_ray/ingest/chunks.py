@@ -5,7 +5,6 @@ A chunk is an Arrow table of one row, so that Ray Data hands it on as it is: nei
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from cosmic_ray.errors import DataError
+from cosmic_ray.errors import DataError, packed
 from cosmic_ray.ingest.plan import Plan
 from cosmic_ray.ingest.windows import Windows
 from cosmic_ray.stores.crops import CropStore
@@ -30,7 +29,7 @@ SCHEMA = pa.schema(
         "error": pa.string(),
     }
 )
-"""First global batch, number of them, (C, H, W), their crops' bytes in order, `digest`; or else a DataError as JSON."""
+"""First global batch, number of them, (C, H, W), their crops' bytes in order, `digest`; or else a DataError, packed."""
 
 
 def read_chunks(
@@ -96,8 +95,7 @@ def _chunk(k: int, steps: int, spec: CropSpec, crops: np.ndarray) -> pa.Table:
 
 
 def _failed(k: int, error: DataError) -> pa.Table:
-    said = json.dumps([type(error).__name__, error.uri, error.problem, error.remedy])
-    return pa.table([[k], [0], [[]], [b""], [""], [said]], schema=SCHEMA)
+    return pa.table([[k], [0], [[]], [b""], [""], [packed(error)]], schema=SCHEMA)
 
 
 def digest(crops: np.ndarray) -> str:

@@ -149,6 +149,12 @@ class Plan:
         """This plan with these exclusions in place of its own, as `PlanSpec` has them. Raises as `excluding`."""
         return Plan(replace(self.spec, exclusions=tuple(exclusions)), self.selection)
 
+    @property
+    def excluded_rows(self) -> int:
+        """Selected rows in the row groups that are excluded: what an epoch lacks of them."""
+        groups = sorted({group for _, some in self.spec.exclusions for group in some})
+        return int(self.selection.counts[groups].sum())
+
     def __reduce__(self) -> tuple:
         return Plan, (self.spec, self.selection)
 

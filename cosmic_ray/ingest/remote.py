@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import threading
 import time
 import uuid
@@ -24,7 +23,7 @@ from ray.data._internal.execution.backpressure_policy.backpressure_policy import
 from ray.data._internal.execution.interfaces import PhysicalOperator
 from ray.util.annotations import RayDeprecationWarning
 
-from cosmic_ray import errors
+from cosmic_ray.errors import unpacked
 from cosmic_ray.ingest import chunks
 from cosmic_ray.ingest.plan import Plan
 from cosmic_ray.progress import say
@@ -113,8 +112,7 @@ class RemoteWindows:
 
     def _open(self, chunk: pa.Table, k: int) -> tuple[int, int, int]:
         if error := chunk["error"][0].as_py():
-            kind, *said = json.loads(error)
-            raise getattr(errors, kind)(*said)
+            raise unpacked(error)
         channels, height, width = chunk["shape"][0].as_py()
         values = np.frombuffer(chunk["images"].chunk(0).buffers()[2], np.uint8)
         self._crops, self._at = values.reshape(-1, channels * height * width), 0

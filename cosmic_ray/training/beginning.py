@@ -87,7 +87,8 @@ def keep(uri: str, output: Output, tracking: str | None = None) -> dict[str, str
         found = find(uri, tracking)
         facts = {"uri": found.uri, "encoder_only": "yes" if found.encoder_only else ""}
         output.write(INIT, save({key: value.contiguous() for key, value in found.tensors.items()}, metadata=facts))
-    return {"uri": kept(output.uri).uri, "weights": hashlib.sha256(storage.read_bytes(output.at(INIT))).hexdigest()}
+    data = storage.read_bytes(output.at(INIT))
+    return {"uri": _facts(data)["uri"], "weights": hashlib.sha256(data).hexdigest()}
 
 
 def kept(out: str) -> Beginning | None:
@@ -98,8 +99,13 @@ def kept(out: str) -> Beginning | None:
         data = storage.read_bytes(storage.join(out, INIT))
     except NotFoundError:
         return None
-    facts = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+    facts = _facts(data)
     return Beginning(facts["uri"], bool(facts["encoder_only"]), load(data))
+
+
+def _facts(data: bytes) -> dict[str, str]:
+    """The metadata of a safetensors file: in its header, whose length its first eight bytes give."""
+    return json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
 
 
 def exported_weights(uri: str) -> dict[str, torch.Tensor]:

@@ -82,9 +82,8 @@ class CropData:
         Cursor.from_json(dict(cursor)).step(self._plan)
 
     def counts(self) -> dict[str, float]:
-        """`excluded_crops`, where the plan excludes any: of the split's part, an epoch."""
-        excluded = {group for _, groups in self._plan.spec.exclusions for group in groups}
-        return {"excluded_crops": float(self._plan.selection.counts[sorted(excluded)].sum())} if excluded else {}
+        """`excluded_crops`, where the plan excludes any."""
+        return {"excluded_crops": float(self._plan.excluded_rows)} if self._plan.spec.exclusions else {}
 
     def crop_ids(self, step: int) -> list[str]:
         """The ids of this rank's share of global batch `step`, in order."""

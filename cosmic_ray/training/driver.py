@@ -92,7 +92,8 @@ def train(
                 after = checkpoint.newest(checkpoint.within(job.out))
                 failures = 1 if after != before else failures + 1
                 if failures > job.scaling.max_failures:
-                    raise TrainingFailed(f"{failures} attempts in a row got no further: {follow.reason}")
+                    text = f"{failures} attempts in a row got no further: {follow.reason}"
+                    raise TrainingFailed(f"{text}\n{follow.trace}".rstrip())
                 say(f"{follow.reason}; starting the workers again from {storage.name(after) if after else 'the start'}")
             elif ending["ending"] == "failed":
                 if not mend(ending):
@@ -174,6 +175,8 @@ class _Follower:
         self._note = ""
         self.reason = ""
         """Why the last attempt failed, or was asked to stop."""
+        self.trace = ""
+        """Where in the code the last attempt failed, if it was there."""
 
     def until_done(self, attempt: _Attempt, crew: Crew) -> dict[str, Any] | None:
         """What the workers returned, or the failure that starting again would not mend; None where they died.
@@ -202,7 +205,7 @@ class _Follower:
             raise KeyboardInterrupt
         if not isinstance(attempt.error, TrainingFailedError | ray.exceptions.RayError):
             raise attempt.error
-        self.reason = _why(attempt.error)
+        self.reason, self.trace = _why(attempt.error)
         return None
 
     def _wants_change(self, crew: Crew) -> bool:
@@ -266,14 +269,17 @@ def _environment(scaling: Scaling) -> dict[str, str]:
 _DEATHS = {"WorkerHealthCheckFailedError": "died", "WorkerHealthCheckTimeoutError": "no longer answers"}
 
 
-def _why(error: Exception | None) -> str:
-    """What ended an attempt, in a line."""
+def _why(error: Exception | None) -> tuple[str, str]:
+    """What ended an attempt, in a line; and the traceback of the first worker that raised, if no worker died."""
     failures = getattr(error, "worker_failures", None)
     if not failures:
-        return f"the workers could not be run ({type(error).__name__}: {_first_line(error)})"
+        return f"the workers could not be run ({type(error).__name__}: {_first_line(error)})", str(error)
     gone = [f"worker {rank} {_DEATHS[name]}" for rank, cause in failures.items()
             if (name := type(cause).__name__) in _DEATHS]  # fmt: skip
-    return "; ".join(gone or [_first_line(cause) for cause in failures.values()])
+    if gone:
+        return "; ".join(gone), ""
+    first = next(iter(failures.values()))
+    return "; ".join(_first_line(cause) for cause in failures.values()), getattr(first, "_traceback_str", str(first))
 
 
 def _first_line(error: Exception | None) -> str:

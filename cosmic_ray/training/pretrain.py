@@ -89,7 +89,7 @@ def _finish(
         if job.tracking.register_as:
             tracker.register(output.at(MODEL), job.tracking.register_as, job.tracking.alias)
     if found.left_out:
-        metrics["excluded_crops"] = sum(each.crops for each in found.left_out)
+        metrics["excluded_crops"] = found.plan.excluded_rows
     facts = {"model": output.at(MODEL), "steps": lineage["step"], "weights": checkpoint.digest(newest)}
     return {**facts, **metrics, "content_hash": config.digest}
 

@@ -49,11 +49,11 @@ class _Wire:
         self._failure = self._failure or failure
 
     def failure(self) -> dict[str, Any] | None:
-        failure, self._failure = self._failure, None
-        return failure
+        return self._failure
 
     def go_on(self) -> None:
-        self._stopping = False
+        """Forget the last attempt: its wish to stop, and a failure that another of its workers told too late."""
+        self._stopping, self._failure = False, None
 
     def placed(self, group: Any, node: str) -> None:
         self._places.add(group)

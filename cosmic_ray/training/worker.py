@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import traceback
 from typing import Any
 
 import ray.train
@@ -21,10 +20,6 @@ from cosmic_ray.training.watch import Watch
 from cosmic_ray.training.wire import Link
 
 NON_FINITE = "nonfinite.json"
-_HOPELESS = (TypeError, AttributeError, NameError, LookupError, ValueError, ImportError, NotImplementedError)
-"""Mistakes in the code: the next attempt would end alike."""
-
-
 _UNUSED = ("PlacementGroupCleanerCallback", "DatasetsCallback")
 
 
@@ -75,6 +70,4 @@ def _final(error: Exception, out: str) -> CosmicError | None:
         return error
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return JobError("micro_batch", "too large", f"out of memory: {error}", "choose a smaller one")
-    if isinstance(error, _HOPELESS):
-        return CosmicError(f"a mistake in the code, or in a library:\n{traceback.format_exc()}")
     return None
