@@ -293,15 +293,15 @@ def _for_a_cluster(file: str, overrides: list[str]) -> Job:
 
 def _step_of_job(file: str, overrides: list[str], step: int, given: dict[str, Any]) -> dict[str, Any]:
     from cosmic_ray.ingest.show import crops_of_step
-    from cosmic_ray.training.assemble import current_plan
-    from cosmic_ray.training.job import PretrainMAE
+    from cosmic_ray.training.base import TrainingJob
 
     for key, value in given.items():
         raise JobError(f"--{key.replace('_', '-')}", value, "the job file says this", "override its key as KEY=VALUE")
     job = jobs.load(file, overrides)
-    if not isinstance(job, PretrainMAE):
-        raise JobError("kind", job.kind, "this kind has no plan", f"give the file of a {PretrainMAE.kind} job")
-    return crops_of_step(*current_plan(job), step)
+    if not isinstance(job, TrainingJob):
+        raise JobError("kind", job.kind, "this kind has no plan", "give the file of a job that trains, as pretrain-mae")
+    stage = job.stage()
+    return crops_of_step(stage.store, stage.plan, step)
 
 
 def _print(result: dict[str, Any], as_json: bool) -> None:

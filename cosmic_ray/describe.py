@@ -27,7 +27,7 @@ class Key:
 def keys(model: type[Config], prefix: str = "") -> list[Key]:
     """The keys of `model` in order, nested ones with dotted paths: `NAME` is a mapping's key, `[]` a list's item."""
     found = []
-    for name, field in model.model_fields.items():
+    for name, field in _fields(model).items():
         path = f"{prefix}{name}"
         found.append(
             Key(
@@ -40,6 +40,13 @@ def keys(model: type[Config], prefix: str = "") -> list[Key]:
         for inside, nested in _configs(field.annotation):
             found += keys(nested, f"{path}{inside}.")
     return found
+
+
+def _fields(model: type[Config]) -> dict[str, FieldInfo]:
+    """The fields of `model`: of a job, `out`, then its kind's own, then those that it shares with other kinds."""
+    owner = {name: base for base in model.__mro__ for name in vars(base).get("__annotations__", ())}
+    shared = [base for base in model.__mro__ if base in (Config, Job)] + list(model.__mro__)
+    return dict(sorted(model.model_fields.items(), key=lambda item: shared.index(owner[item[0]])))
 
 
 def schema(job: type[Job]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ KINDS: dict[str, str] = {
     "build-crops": "cosmic_ray.imaging.job:BuildCrops",
     "build-cells": "cosmic_ray.cells.job:BuildCells",
     "split": "cosmic_ray.stores.split:MakeSplit",
-    "pretrain-mae": "cosmic_ray.training.job:PretrainMAE",
+    "pretrain-mae": "cosmic_ray.training.mae_job:PretrainMAE",
     "embed": "cosmic_ray.inference.embed:Embed",
     "report": "cosmic_ray.evaluation.report:Report",
     "pipeline": "cosmic_ray.pipeline:Pipeline",

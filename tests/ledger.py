@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from cosmic_ray.training.job import PretrainMAE
 from cosmic_ray.training.loop import Callback, Data, Loop
+from cosmic_ray.training.mae_job import PretrainMAE
 from cosmic_ray.training.objective import Share
 
 

@@ -26,7 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cells": BASE | {"stores", "imaging"},
     "ingest": BASE | {"stores"},
     "registry": BASE | {"stores", "ingest", "models"},
-    "training": BASE | {"stores", "ingest", "models", "registry"},
+    "training": BASE | {"reach", "stores", "ingest", "models", "registry"},
     "inference": BASE | {"stores", "ingest", "models", "registry"},
     "evaluation": BASE | {"stores", "ingest", "models", "registry", "inference"},
 }

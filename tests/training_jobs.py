@@ -12,7 +12,7 @@ from making import make_store
 from cosmic_ray.stores.crops import CropStore
 from cosmic_ray.stores.split import MakeSplit, Split
 from cosmic_ray.training import checkpoint
-from cosmic_ray.training.job import PretrainMAE
+from cosmic_ray.training.mae_job import PretrainMAE
 
 sys.path.insert(0, str(Path(__file__).parent / "training"))
 

@@ -15,28 +15,21 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from cosmic_ray import storage
 from cosmic_ray.errors import CosmicError
 from cosmic_ray.progress import Progress, progress, say
 from cosmic_ray.training import checkpoint, room
 from cosmic_ray.training.crew import Crew
-from cosmic_ray.training.loop import Callback, Loop
+from cosmic_ray.training.loop import Callback
 from cosmic_ray.training.settings import Scaling
+
+if TYPE_CHECKING:
+    from cosmic_ray.training.base import TrainingJob
 
 _PUMP_S = 0.2
 _HEALTH_CHECK_S = 0.5
-
-
-class TrainingJob(Protocol):
-    """What the driver and its workers need of a job."""
-
-    out: str
-    scaling: Scaling
-
-    def loop(self, callbacks: Sequence[Callback] = (), **place: Any) -> Loop:
-        """The loop of one rank; `place`: device, stopping, beat, rank, world."""
 
 
 class TrainingFailed(CosmicError):

@@ -9,11 +9,11 @@ from cosmic_ray.errors import JobError
 from cosmic_ray.training import room
 
 if TYPE_CHECKING:
-    from cosmic_ray.training.assemble import Inputs
-    from cosmic_ray.training.job import PretrainMAE
+    from cosmic_ray.training.base import TrainingJob
+    from cosmic_ray.training.stage import Stage
 
 
-def require_resources(job: PretrainMAE, inputs: Inputs, found: Resources) -> float:
+def require_resources(stage: Stage, found: Resources) -> float:
     """See that the cluster can hold the fewest workers, their readers and the network; return the GPUs of a worker.
 
     `found`: what the connected cluster has.
@@ -21,13 +21,13 @@ def require_resources(job: PretrainMAE, inputs: Inputs, found: Resources) -> flo
     Raises:
         JobError: naming the key, its value and the remedy.
     """
-    gpus = _gpus(job, found)
-    _require_cpus(job, found)
-    _require_memory(job, inputs, found, gpus)
+    gpus = _gpus(stage.job, found)
+    _require_cpus(stage.job, found)
+    _require_memory(stage, found, gpus)
     return gpus
 
 
-def _gpus(job: PretrainMAE, found: Resources) -> float:
+def _gpus(job: TrainingJob, found: Resources) -> float:
     wanted, workers = job.scaling.gpus_per_worker, job.scaling.fewest
     if wanted is None:
         wanted = 1.0 if found.gpus else 0.0
@@ -39,7 +39,7 @@ def _gpus(job: PretrainMAE, found: Resources) -> float:
     return wanted
 
 
-def _require_cpus(job: PretrainMAE, found: Resources) -> None:
+def _require_cpus(job: TrainingJob, found: Resources) -> None:
     """A worker and its reader share a node, so they are counted node by node."""
     scaling = job.scaling
     fits = room.fits(({"CPU": cpus} for cpus in found.node_cpus), room.bundle(scaling, 0))
@@ -54,17 +54,17 @@ def _require_cpus(job: PretrainMAE, found: Resources) -> None:
     raise JobError("scaling.workers", scaling.workers, problem, f"{remedy}a smaller scaling.cpus_per_worker")
 
 
-def _require_memory(job: PretrainMAE, inputs: Inputs, found: Resources, gpus: float) -> None:
+def _require_memory(stage: Stage, found: Resources, gpus: float) -> None:
     """On CPUs: weights, gradients, two moments and averages of every worker, in float32 (GPUs tell it themselves).
     Everywhere: what reading for the workers holds in memory."""
     from cosmic_ray.ingest.stream import reading_bytes
-    from cosmic_ray.training.assemble import parameters
 
-    workers, count = job.scaling.fewest, parameters(inputs.model)
+    job, plan, count = stage.job, stage.plan, stage.parameters
+    workers = job.scaling.fewest
     copies = (5 if job.ema else 4) * (1 if job.scaling.strategy == "fsdp2" else workers)
     network = 0 if gpus else 4 * count * copies
-    shares = [inputs.plan.lanes_of(rank, workers) for rank in range(workers)]
-    reading = sum(reading_bytes(inputs.plan, lanes, inputs.store.spec.nbytes) for lanes in shares)
+    shares = [plan.lanes_of(rank, workers) for rank in range(workers)]
+    reading = sum(reading_bytes(plan, lanes, stage.row_bytes) for lanes in shares)
     if network + reading <= found.memory_bytes:
         return
     has = f"the cluster has {found.memory_bytes / 1e9:.1f} GB"

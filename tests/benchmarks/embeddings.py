@@ -33,9 +33,9 @@ from cosmic_ray.ingest.stream import plain_batches
 from cosmic_ray.jobs import make
 from cosmic_ray.stores.crops import CropStore
 from cosmic_ray.stores.split import Split
-from cosmic_ray.training import assemble, checkpoint
-from cosmic_ray.training.export import exported_model
+from cosmic_ray.training import checkpoint
 from cosmic_ray.training.mae import MAEObjective
+from cosmic_ray.training.mae_export import exported_model
 
 WIDTHS_PX = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 AT_ONCE = 256
@@ -94,7 +94,7 @@ def measure_seed(
                 "checkpoint": {"every": 200}, "eval": {"every": 100000, "crops": 512}, "tracking": None})  # fmt: skip
     started = time.process_time()
     job.loop([], stream=plain_batches).run()
-    trained = exported_model(assemble.inputs(job).model, checkpoint.newest(str(folder / "checkpoints")))
+    trained = exported_model(job.stage().model, checkpoint.newest(str(folder / "checkpoints")))
     untrained = MAEObjective(trained.config, seed).model.eval()
     crops = store.crops(np.arange(len(store)))
     targets, usable = chromatin_beyond_area(store, crops, rows)

@@ -26,8 +26,8 @@ import numpy as np
 import torch
 from training_jobs import Crops
 
-from cosmic_ray.training.job import PretrainMAE
 from cosmic_ray.training.loop import Callback, Loop
+from cosmic_ray.training.mae_job import PretrainMAE
 from cosmic_ray.training.objective import Share
 
 

@@ -16,7 +16,6 @@ from training_jobs import Crops, stop_after
 
 from cosmic_ray.errors import CosmicError
 from cosmic_ray.output import read_manifest
-from cosmic_ray.training import assemble
 from cosmic_ray.training.record import read_metrics
 
 GOOD, STEPS = 6, 40
@@ -78,7 +77,7 @@ def test_a_bad_shard_ends_the_run_or_leaves_the_plan(spoil: Callable[[Path], Non
     assert [line["step"] for line in lines] == list(range(GOOD + 1, STEPS + 1))
     assert {line["train/excluded_crops"] for line in lines} == {gone}
 
-    taken, plan, epochs = Ledger(job.ledger), assemble.inputs(job).plan, defaultdict(Counter)
+    taken, plan, epochs = Ledger(job.ledger), job.stage().plan, defaultdict(Counter)
     for step in range(STEPS):
         for name, epoch in zip(taken.batch(step), plan.step(step).epoch.tolist(), strict=True):
             epochs[epoch][name] += 1

@@ -18,7 +18,7 @@ from cosmic_ray.errors import CosmicError, JobError
 from cosmic_ray.ingest.show import crop_ids
 from cosmic_ray.jobs import make
 from cosmic_ray.output import encode
-from cosmic_ray.training import assemble, exclusions
+from cosmic_ray.training import exclusions
 
 LINES = {"cell_line": ["HeLa"]}
 
@@ -46,21 +46,21 @@ def lines_of(crops: Crops) -> np.ndarray:
 
 
 def test_where_narrows_what_is_trained_on_and_what_is_held_out(crops: Crops) -> None:
-    found, split = assemble.inputs(crops.job(where=LINES)), crops.opened_split()
+    found, split = crops.job(where=LINES).stage(), crops.opened_split()
     wanted = lines_of(crops) == "HeLa"
     steps = [found.plan.step(k) for k in range(found.plan.steps(1))]
     trained = {int(crops.store.group_starts[g] + r) for s in steps for g, r in zip(s.row_group, s.row, strict=True)}
     assert trained == {row for row in split.rows("train").tolist() if wanted[row]}
     assert found.held_out.tolist() == [row for row in split.rows("val").tolist() if wanted[row]]
     assert 0 < len(found.held_out) < len(split.rows("val"))
-    assert found.plan.digest != assemble.inputs(crops.job()).plan.digest
+    assert found.plan.digest != crops.job().stage().plan.digest
 
 
 def test_mixing_gives_the_shares_among_the_training_crops(crops: Crops) -> None:
     lines, train = lines_of(crops), crops.opened_split().rows("train")
     weights = {line: 1.0 + 2 * number for number, line in enumerate(sorted(set(lines[train].tolist())))}
     job = crops.job(mixing={"column": "cell_line", "weights": weights, "epoch": 160}, where={"area_px": {"min": 0}})
-    plan = assemble.inputs(job).plan
+    plan = job.stage().plan
     rows = np.concatenate([crops.store.group_starts[s.row_group] + s.row for s in map(plan.step, range(10))])
     found = Counter(lines[rows].tolist())
     assert {line: found[line] for line in weights} == {w: 160 * v / sum(weights.values()) for w, v in weights.items()}
@@ -104,7 +104,7 @@ def test_ill_typed_conditions(crops: Crops, where: dict, message: str) -> None:
 class TestPlanVerb:
     def test_a_job_file_shows_the_runs_own_plan(self, crops: Crops) -> None:
         file = job_file(crops, where=LINES, seed=4)
-        plan = assemble.inputs(crops.job(where=LINES, seed=4)).plan
+        plan = crops.job(where=LINES, seed=4).stage().plan
         found = shown(file, "--step", "17")
         assert found["crop_ids"] == crop_ids(crops.store, plan.step(17)) and found["plan"] == plan.digest
         assert shown(file, "seed=5", "--step", "17")["crop_ids"] != found["crop_ids"]
@@ -116,7 +116,7 @@ class TestPlanVerb:
 
     def test_with_what_the_run_left_out(self, crops: Crops) -> None:
         file = job_file(crops, "excluded")
-        plan = assemble.inputs(crops.job("excluded")).plan.excluding([0, 1], 5)
+        plan = crops.job("excluded").stage().plan.excluding([0, 1], 5)
         left_out = exclusions.Exclusion(step=5, shard="s", problem="damaged", row_groups=[0, 1], crops=40)
         at = storage.join(crops.folder, "excluded", exclusions.FILE)
         storage.write_bytes(at, encode({"exclusions": [left_out.model_dump()]}))

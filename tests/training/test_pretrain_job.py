@@ -20,10 +20,10 @@ from cosmic_ray.errors import JobError
 from cosmic_ray.ingest.stream import plain_batches
 from cosmic_ray.models.mae import MAEConfig
 from cosmic_ray.output import claim
-from cosmic_ray.training import assemble, beginning, checkpoint, pretrain
+from cosmic_ray.training import beginning, checkpoint, run
 from cosmic_ray.training.beginning import exported_weights
-from cosmic_ray.training.export import exported_model
-from cosmic_ray.training.job import PretrainMAE
+from cosmic_ray.training.mae_export import exported_model
+from cosmic_ray.training.mae_job import PretrainMAE
 from cosmic_ray.training.preflight import require_resources
 from cosmic_ray.training.record import METRICS, MetricsFile, read_metrics
 
@@ -38,11 +38,12 @@ def test_paper_is_appendix_a(crops):
     assert job.model.preset == "large"
     assert (job.schedule.kind, job.schedule.warmup, job.ema, job.optim.clip) == ("constant", 0.0, None, None)
     assert job.optim.betas == (0.9, 0.999) and job.optim.decay == "all", "AdamW as PyTorch has it: nothing is stated"
-    config = assemble.mae_config(job, crops.store)
+    stage = PretrainMAE(out="o", crops=crops.store.uri, split=crops.split, recipe="paper", global_batch=8).stage()
+    config = stage.model
     assert config == MAEConfig.of("large", "paper")
     assert (config.mask_ratio, config.decoder_dim, config.decoder_depth, config.decoder_heads) == (0.75, 512, 1, 16)
     assert config.channels == 3 and config.encoder.img_size == 224
-    assert assemble.parameters(config) == pytest.approx(307e6, rel=0.02)
+    assert stage.parameters == pytest.approx(307e6, rel=0.02)
 
 
 def test_a_job_may_differ_from_the_paper_in_one_key():
@@ -105,7 +106,7 @@ def test_too_little_of_the_cluster_is_refused(crops, scaling, found, text):
 
 
 def require(job: PretrainMAE, found: Resources) -> float:
-    return require_resources(job, assemble.inputs(job), found)
+    return require_resources(job.stage(), found)
 
 
 def test_a_network_larger_than_memory_is_refused(crops):
@@ -142,7 +143,7 @@ def test_two_workers_train_what_one_does(crops):
 def test_trains_on_train_reports_val_and_never_sees_test(crops):
     """A test crop of another size of numbers would change nothing, were it read: so the rows that are read are told."""
     job = crops.job("parts")
-    found = assemble.inputs(job)
+    found = job.stage()
     trained = {
         found.store.group_starts[group] + row
         for step in range(2 * found.plan.steps_per_epoch)
@@ -170,10 +171,9 @@ def finished(crops, tmp_path_factory):
     loop = job.loop([MetricsFile(storage.join(job.out, METRICS))], stream=plain_batches)
     assert loop.run() == ("finished", 12)
     with claim(job) as output:
-        found = assemble.inputs(job)
-        lineage = pretrain._lineage(job, found, output) | {"step": 12}
-        results = pretrain._finish(job, output, found, lineage, None)
-    return job, found, results
+        stage = job.stage()
+        results = run._finish(stage, output, stage.lineage(output) | {"step": 12}, None)
+    return job, stage, results
 
 
 def test_metrics_of_a_run(finished):

@@ -13,8 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from cosmic_ray.models.mae import MAEConfig, MaskedAutoencoder
-    from cosmic_ray.training.assemble import Inputs
-    from cosmic_ray.training.job import PretrainMAE
+    from cosmic_ray.training.mae_stage import MAEStage
 
 SHOWN = 8
 
@@ -29,18 +28,13 @@ def exported_model(config: MAEConfig, checkpoint_uri: str) -> MaskedAutoencoder:
 
 
 def export_model(
-    job: PretrainMAE,
-    found: Inputs,
-    model: MaskedAutoencoder,
-    uri: str,
-    lineage: dict[str, Any],
-    metrics: dict[str, float],
+    stage: MAEStage, model: MaskedAutoencoder, uri: str, lineage: dict[str, Any], metrics: dict[str, float]
 ) -> ModelConfig:
     """Write the encoder as a model folder."""
     from cosmic_ray.models.mae import export_encoder
 
     kwargs, weights = export_encoder(model)
-    size = found.model.encoder
+    job, size = stage.job, stage.model.encoder
     card = encoder_card(
         (job.tracking.register_as if job.tracking else None) or "morphology-fm",
         recipe=job.recipe,
@@ -49,35 +43,35 @@ def export_model(
             f"{size.patch_size} px patches of {size.img_size} px",
             "parameters of the encoder": f"{sum(weight.numel() for weight in weights.values()):,}",
             "embedding": f"mean over patch tokens, {size.embed_dim} numbers",
-            "training crops": f"{found.plan.total_rows:,}",
+            "training crops": f"{stage.plan.total_rows:,}",
             "optimiser steps": f"{lineage['step']:,} of {job.global_batch} crops",
         },
         lineage=lineage,
         metrics=metrics,
-        simulated=found.store.simulated,
+        simulated=stage.store.simulated,
         job=job.resolved(),
     )
     return write_model(
         uri,
         kwargs,
         weights,
-        found.store.spec,
+        stage.store.spec,
         {"recipe": job.recipe, "size": size.img_size},
         lineage,
         card,
-        simulated=found.store.simulated,
+        simulated=stage.store.simulated,
     )
 
 
-def picture(model: MaskedAutoencoder, found: Inputs, seed: int) -> bytes:
+def picture(model: MaskedAutoencoder, stage: MAEStage) -> bytes:
     """A PNG: held-out crops, what the network saw of them, and what it made of that; one column a crop."""
     import numpy as np
     from PIL import Image
 
-    rows = found.held_out[:SHOWN]
+    rows = stage.held_out[:SHOWN]
     if not len(rows):
-        rows = np.flatnonzero(found.plan.selection.mask())[:SHOWN]
-    seen, masked, made = _reconstructed(model, found.store.crops(rows), seed)
+        rows = np.flatnonzero(stage.plan.selection.mask())[:SHOWN]
+    seen, masked, made = _reconstructed(model, stage.store.crops(rows), stage.job.seed)
     grid = np.concatenate([np.concatenate(list(line), axis=1) for line in (seen, masked, made)], axis=0)
     buffer = io.BytesIO()
     Image.fromarray(grid).save(buffer, "PNG")
