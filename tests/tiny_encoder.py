@@ -30,14 +30,16 @@ def encoder(seed: int = 0, channels: int = 1, size: int = 32) -> tuple[dict[str,
 
 
 def export(folder: str, seed: int = 0, channels: int = 1, recipe: str = "better", **changes: Any) -> ModelConfig:
-    """Write the model folder of `encoder(seed)`."""
+    """Write the model folder of `encoder(seed)`; `changes`: keys of its config, `state_dict`, `lineage`, `card`..."""
     kwargs, network = encoder(seed, 3 if recipe == "paper" else channels)
     spec = {"channels": [f"channel-{c}" for c in range(channels)], "height": SIDE, "width": SIDE}
-    arguments = {
-        "kwargs": kwargs,
-        "state_dict": network.state_dict(),
-        "input_spec": spec,
+    facts = {
+        "network": kwargs,
+        "input": spec,
         "preprocessing": {"recipe": recipe, "size": 32},
+        "embedding_width": 24,
+    }
+    told = {
         "lineage": {
             "store": {"uri": "s3://bucket/crops", "content_hash": "5" * 64},
             "split": {"uri": "s3://bucket/split", "content_hash": "7" * 64},
@@ -46,4 +48,6 @@ def export(folder: str, seed: int = 0, channels: int = 1, recipe: str = "better"
         "card": "# a card\n",
         "simulated": True,
     }
-    return write_model(folder, **(arguments | changes))
+    facts |= {key: changes.pop(key) for key in facts if key in changes}
+    weights = changes.pop("state_dict", network.state_dict())
+    return write_model(folder, "encoder", facts, weights, **(told | changes))

@@ -27,7 +27,8 @@ from cosmic_ray.stores.crops import CropStore
 from cosmic_ray.stores.split import PARTS, Split
 
 if TYPE_CHECKING:
-    from cosmic_ray.registry.load import Encoder, Precision
+    from cosmic_ray.registry.kinds.encoder import Encoder
+    from cosmic_ray.registry.model import Precision
 
 _AHEAD = 2
 """Row groups that a worker reads ahead."""
@@ -71,7 +72,7 @@ class EmbedParts:
         return pa.table({"said": [json.dumps(one) for one in said]})
 
     def _open(self) -> tuple[Encoder, CropStore, np.ndarray | None]:
-        from cosmic_ray.registry.load import Encoder
+        from cosmic_ray.registry.kinds.encoder import Encoder
         from cosmic_ray.registry.package import read_model
 
         stored, store = read_model(self._work.model), CropStore.open(self._work.store)

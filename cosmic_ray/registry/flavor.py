@@ -15,8 +15,8 @@ class _Predictor:
         self._model = load_model(folder)
 
     def predict(self, model_input: np.ndarray, params: dict[str, Any] | None = None) -> np.ndarray:
-        """uint8 (N, H, W) or (N, C, H, W) -> float32 (N, D)."""
-        return self._model.embed(model_input)
+        """What the model's signature says; `params` are its parameters."""
+        return self._model.predict(model_input, **(params or {}))
 
 
 def _load_pyfunc(folder: str) -> _Predictor:

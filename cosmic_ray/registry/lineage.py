@@ -1,4 +1,5 @@
-"""What something was made from: input name -> {"uri", "content_hash"}; plain facts (job fingerprint, step) beside."""
+"""What something was made from: input name -> {"uri", "content_hash"}, a model's being its digest (and called so, or
+`content_hash`); plain facts (job fingerprint, step) beside."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ def lineage_tags(lineage: Mapping[str, Any]) -> dict[str, str]:
     found = {}
     for key, value in lineage.items():
         if isinstance(value, Mapping):
-            if digest := value.get("content_hash"):
+            if digest := value.get("content_hash") or value.get("digest"):
                 found[f"{key}_hash"] = str(digest)
         elif value is not None and not isinstance(value, list):
             found[key] = str(value)

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 from cosmic_ray.errors import JobError
 from cosmic_ray.progress import say
 from cosmic_ray.registry import server
+from cosmic_ray.registry.kinds import KINDS
 from cosmic_ray.registry.lineage import lineage_tags
-from cosmic_ray.registry.package import CARD, StoredModel, copy_model, read_model
+from cosmic_ray.registry.model import StoredModel
+from cosmic_ray.registry.package import CARD, copy_model, read_model
 from cosmic_ray.registry.scrub import scrub
 
 if TYPE_CHECKING:
-    import numpy as np
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
     from mlflow.models import ModelSignature
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
 DIGEST, COMPLETE = "cosmic_ray.model_digest", "cosmic_ray.complete"
 FOLDER = "model"
 _DESCRIPTION_CHARS = 5000
-_NEEDS = ("numpy", "safetensors", "timm", "torch")
-"""What loading a model imports, beside cosmic_ray and MLflow."""
 
 
 def register_model(
@@ -96,7 +95,7 @@ def _create(client: MlflowClient, uri: str, model: StoredModel, name: str, run_i
 
     logged_id = _log(client, uri, model, name, run_id)
     try:
-        client.create_registered_model(name, description="Encoders of nucleus crops: uint8 crops to embeddings.")
+        client.create_registered_model(name, description=KINDS[model.config.kind].about)
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
@@ -129,8 +128,8 @@ def _log(client: MlflowClient, uri: str, model: StoredModel, name: str, run_id: 
             data_path=str(here),
             mlflow_model=Model(logged.artifact_location, run_id, model_uuid=logged.model_id, model_id=logged.model_id),
             signature=signature(model),
-            input_example=input_example(model),
-            pip_requirements=[f"{need}=={importlib.metadata.version(need)}" for need in _NEEDS],
+            input_example=model.config.served().example,
+            pip_requirements=[f"{need}=={importlib.metadata.version(need)}" for need in model.config.needs],
         )
         client.log_model_artifacts(logged.model_id, str(package))
     client.finalize_logged_model(logged.model_id, "READY")
@@ -140,31 +139,16 @@ def _log(client: MlflowClient, uri: str, model: StoredModel, name: str, run_id: 
 
 
 def signature(model: StoredModel) -> ModelSignature:
-    """uint8 (-1, H, W), or (-1, C, H, W) for several channels -> float32 (-1, D)."""
+    """What the model's kind says that it takes and gives, one tensor each, and its parameters with their defaults."""
     import numpy as np
     from mlflow.models import ModelSignature
-    from mlflow.types import Schema, TensorSpec
+    from mlflow.types import DataType, ParamSchema, ParamSpec, Schema, TensorSpec
 
-    crops = TensorSpec(np.dtype("uint8"), (-1, *_crop_shape(model)))
-    return ModelSignature(
-        Schema([crops]), Schema([TensorSpec(np.dtype("float32"), (-1, model.config.embedding_width))])
-    )
-
-
-def input_example(model: StoredModel) -> np.ndarray:
-    """Two synthetic crops, a small and a large disc: no user's image leaves with the model."""
-    import numpy as np
-
-    *channels, height, width = _crop_shape(model)
-    y, x = np.ogrid[:height, :width]
-    distance = np.hypot(y - (height - 1) / 2, x - (width - 1) / 2)
-    discs = np.stack([np.where(distance <= radius * height, 128, 0) for radius in (0.2, 0.4)]).astype(np.uint8)
-    return np.broadcast_to(discs[:, None], (2, *channels, height, width)).copy() if channels else discs
-
-
-def _crop_shape(model: StoredModel) -> tuple[int, ...]:
-    channels, height, width = model.config.input.shape
-    return (height, width) if channels == 1 else (channels, height, width)
+    served = model.config.served()
+    takes, gives = (Schema([TensorSpec(np.dtype(dtype), shape)]) for dtype, shape in (served.takes, served.gives))
+    types = {bool: DataType.boolean, int: DataType.long, float: DataType.double, str: DataType.string}
+    params = [ParamSpec(name, types[type(default)], default) for name, default in served.params.items()]
+    return ModelSignature(takes, gives, ParamSchema(params) if params else None)
 
 
 def _description(card: str) -> str:

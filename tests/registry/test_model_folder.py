@@ -49,7 +49,7 @@ def test_the_digest_covers_what_decides_the_embeddings_and_nothing_else(tmp_path
     digest = export(str(tmp_path / "a")).digest
     assert export(str(tmp_path / "b"), card="# another", lineage={}, simulated=False).digest == digest
     assert export(str(tmp_path / "c"), seed=1).digest != digest
-    assert export(str(tmp_path / "d"), input_spec={"channels": ["c"], "height": 8, "width": 8}).digest != digest
+    assert export(str(tmp_path / "d"), input={"channels": ["c"], "height": 8, "width": 8}).digest != digest
 
 
 def test_no_secret_is_written_into_a_model(tmp_path):
@@ -68,10 +68,13 @@ def test_fixed_buffers_that_are_not_stored_survive(tmp_path):
         "num_classes": 0,
     }
     network = timm.create_model(**kwargs).eval()
-    spec = {"channels": ["dna"], "height": 16, "width": 16}
-    write_model(
-        str(tmp_path), kwargs, network.state_dict(), spec, {"recipe": "better", "size": 28}, {}, "", simulated=True
-    )
+    facts = {
+        "network": kwargs,
+        "input": {"channels": ["dna"], "height": 16, "width": 16},
+        "preprocessing": {"recipe": "better", "size": 28},
+        "embedding_width": 24,
+    }
+    write_model(str(tmp_path), "encoder", facts, network.state_dict(), lineage={}, card="", simulated=True)
     images = torch.rand(2, 1, 28, 28)
     with torch.no_grad():
         torch.testing.assert_close(read_model(str(tmp_path)).network()(images), network(images), rtol=0, atol=0)
@@ -143,8 +146,8 @@ def test_without_its_config_there_is_no_model(model_folder):
         ({"preprocessing": {"recipe": "paper", "size": 32}}, ValueError, "does not take"),
         ({"preprocessing": {"recipe": "better", "size": 30}}, ValueError, "does not take"),
         ({"preprocessing": {"recipe": "best", "size": 32}}, JobError, r"preprocessing\.recipe"),
-        ({"input_spec": {"channels": ["a"], "height": 16, "width": 8}}, JobError, "must be square"),
-        ({"kwargs": {**encoder()[0], "global_pool": ""}}, ValueError, "not one vector a crop|Missing|Unexpected"),
+        ({"input": {"channels": ["a"], "height": 16, "width": 8}}, JobError, "must be square"),
+        ({"network": {**encoder()[0], "global_pool": ""}}, ValueError, "not one vector a crop|Missing|Unexpected"),
     ],
 )
 def test_what_does_not_fit_together_is_not_written(tmp_path, change, error, says):
