@@ -271,8 +271,8 @@ def _why(error: Exception | None) -> tuple[str, str]:
             if (name := type(cause).__name__) in _DEATHS]  # fmt: skip
     if gone:
         return "; ".join(gone), ""
-    first = next(iter(failures.values()))
-    return "; ".join(_first_line(cause) for cause in failures.values()), getattr(first, "_traceback_str", str(first))
+    trace = str(next(iter(failures.values()))).partition("\n")[2]
+    return "; ".join(_first_line(cause) for cause in failures.values()), trace
 
 
 def _first_line(error: Exception | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import traceback
 from typing import Any
 
 import ray.train
@@ -53,7 +54,8 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
     except Exception as error:
         if told := _final(error, job.out):
             link.fail(told)
-        raise RuntimeError(f"{me}: {type(error).__name__}: {error}") from error
+        # Ray hands on the text of an error, not where it was raised.
+        raise RuntimeError(f"{me}: {type(error).__name__}: {error}\n{traceback.format_exc()}") from None
     finally:
         watch.close()
         link.close()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import numpy as np
 import pytest
+from ray.cloudpickle import register_pickle_by_value
 from training_jobs import Crops, stop_after, undisturbed
 
 import cosmic_ray
@@ -13,6 +15,8 @@ from cosmic_ray.errors import JobError
 from cosmic_ray.ingest.stream import plain_batches
 from cosmic_ray.output import read_manifest
 from cosmic_ray.training import checkpoint
+from cosmic_ray.training.driver import TrainingFailed
+from cosmic_ray.training.mae_job import PretrainMAE
 
 TWO = {"workers": 2, "cpus_per_worker": 0.5, "hang_timeout_s": 100.0}
 
@@ -40,6 +44,23 @@ def test_too_few_cpus_for_workers_and_readers(crops, ray_local):
         job.run()
     assert error.value.exit_code == 2
     assert checkpoint.newest(f"{job.out}/checkpoints") is None
+
+
+class Mistaken(PretrainMAE):
+    kind = "mistaken"
+
+    def loop(self, callbacks: object = (), **place: object) -> None:
+        {}["no such loop"]
+
+
+@pytest.mark.slow
+def test_a_mistake_in_the_code_ends_with_where_it_is(crops, ray_local):
+    register_pickle_by_value(sys.modules[__name__])
+    job = Mistaken(**crops.keys("broken", scaling={**TWO, "max_failures": 0}))
+    with pytest.raises(TrainingFailed, match=r"1 attempts in a row got no further: .*no such loop") as error:
+        job.run()
+    assert error.value.exit_code == 1
+    assert "in loop" in str(error.value), "the traceback"
 
 
 @pytest.mark.slow
