@@ -1,7 +1,7 @@
 """Transcriptome encoders as they are used: raw counts of a cell -> its latent, in plain torch.
 
-They are fitted elsewhere (scvi-tools, scikit-learn) and need neither of them here. An encoder takes the counts of its own
-genes, in its own order, and the cell's total; `encode` cuts both out of a sparse matrix of any genes.
+They are fitted elsewhere (scvi-tools, scikit-learn) and need neither of them here. An encoder takes the counts of its
+own genes, in its own order, and the cell's total; `encode` cuts both out of a sparse matrix of any genes.
 
 No encoder sees the batch. scVI's has `encode_covariates=False` (its default, and the paper's): the batch enters the
 decoder alone, so that a cell of a batch which no one has seen needs none, and gets the latent that its counts give it.
@@ -9,6 +9,7 @@ decoder alone, so that a cell of a batch which no one has seen needs none, and g
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -52,7 +53,7 @@ class ScviEncoder(nn.Module):
         super().__init__()
         widths = [spec.genes, *[spec.hidden] * spec.layers]
         layers: list[nn.Module] = []
-        for before, after in zip(widths[:-1], widths[1:], strict=True):
+        for before, after in itertools.pairwise(widths):
             # eps is scvi-tools', from the first TensorFlow implementation.
             layers += [nn.Linear(before, after), nn.BatchNorm1d(after, eps=0.001), nn.ReLU()]
         self.layers = nn.Sequential(*layers)
