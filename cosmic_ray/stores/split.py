@@ -187,7 +187,7 @@ class MakeSplit(Job):
             "format": FORMAT,
             "version": VERSION,
             "parts": PARTS,
-            "store": _named(store),
+            "store": named(store),
             "method": self.method,
             "flaws": [_ALTERNATING] if self.method == "alternating" else [],
             "counts": counts,
@@ -224,7 +224,7 @@ class Split:
         if (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
             problem = f"not a split this program reads: {manifest.get('format')!r}, version {manifest.get('version')!r}"
             raise DataError(at, problem, f"expected {FORMAT!r}, version {VERSION}")
-        if not set(_hashes(manifest["store"])) & set(_hashes(_named(store))):
+        if not set(content_hashes(manifest["store"])) & set(content_hashes(named(store))):
             problem = f"this split is of another store ({manifest['store']['uri']}), not of {store.uri}"
             raise DataError(at, problem, "make a split of this one")
         data = storage.read_bytes(storage.join(uri, _CODES))
@@ -257,14 +257,16 @@ class Split:
         return np.flatnonzero(self.codes == PARTS.index(part))
 
 
-def _named(store: CropStore | CellStore) -> dict[str, str]:
+def named(store: CropStore | CellStore) -> dict[str, str]:
+    """How a lineage names a store: `uri`, `content_hash`, and of a cell store with images `crops_hash`, theirs."""
     named = {"uri": store.uri, "content_hash": store.content_hash}
     if isinstance(store, CellStore) and store.manifest.images:
         named["crops_hash"] = store.manifest.images.content_hash
     return named
 
 
-def _hashes(named: dict[str, str]) -> list[str]:
+def content_hashes(named: dict[str, str]) -> list[str]:
+    """Those of a store that `named` names: whatever has one of them has its rows, in their order."""
     return [named[key] for key in ("content_hash", "crops_hash") if key in named]
 
 
