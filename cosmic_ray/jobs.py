@@ -13,10 +13,15 @@ from cosmic_ray.errors import ABSENT, JobError
 
 KINDS: dict[str, str] = {
     "simulate-plates": "cosmic_ray.simulation.job:SimulatePlates",
+    "simulate-cells": "cosmic_ray.simulation.paired_job:SimulateCells",
+    "semi-real": "cosmic_ray.simulation.semi_real_job:SemiReal",
     "build-crops": "cosmic_ray.imaging.job:BuildCrops",
     "build-cells": "cosmic_ray.cells.job:BuildCells",
     "split": "cosmic_ray.stores.split:MakeSplit",
     "pretrain-mae": "cosmic_ray.training.mae_job:PretrainMAE",
+    "train-seq2img": "cosmic_ray.training.seq2img_job:TrainSeq2Img",
+    "tune": "cosmic_ray.tuning.job:Tune",
+    "fit-transcriptome": "cosmic_ray.transcriptome.job:FitTranscriptome",
     "embed": "cosmic_ray.inference.embed:Embed",
     "report": "cosmic_ray.evaluation.report:Report",
     "pipeline": "cosmic_ray.pipeline:Pipeline",
