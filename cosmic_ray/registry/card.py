@@ -27,11 +27,11 @@ _CARDS = {
     ),
     "transcriptome-encoder": _Text(
         "An encoder of transcriptomes: raw counts of cells to latents",
-        "latents = model.embed(adata, batch=adata.obs['batch'])  # raw counts (N, genes) -> float32 (N, D)",
+        "latents = model.embed(adata)  # raw counts (N, genes) -> float32 (N, D)",
         """\
 - It takes raw counts of the genes that it was fitted on; a sequencing depth or chemistry that it has not seen gives
   latents, but not comparable ones.
-- What it does with a batch that it was not fitted on, its `embed` says.
+- It does not see a cell's batch: one of an unseen batch gets the latent that its counts give it, uncorrected.
 - A latent also holds what is not biology: depth, batch, ambient RNA.""",
     ),
     "seq2img": _Text(

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from cosmic_ray.registry.kinds.encoder import Encoder
 from cosmic_ray.registry.kinds.seq2img import Seq2Img
+from cosmic_ray.registry.kinds.transcriptome_encoder import TranscriptomeEncoder
 from cosmic_ray.registry.model import Model
 
-KINDS: dict[str, type[Model]] = {"encoder": Encoder, "seq2img": Seq2Img}
+KINDS: dict[str, type[Model]] = {
+    "encoder": Encoder,
+    "transcriptome-encoder": TranscriptomeEncoder,
+    "seq2img": Seq2Img,
+}
 """Kind -> what `load_model` makes of a model folder of that kind."""

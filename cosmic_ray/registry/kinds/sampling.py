@@ -17,8 +17,8 @@ def cell_names(cell_ids: Sequence[str] | None, count: int) -> list[str]:
     names = list(cell_ids)
     if len(names) != count:
         raise ValueError(f"there are {len(names)} cell ids for {count} cells")
-    if wrong := next((name for name in names if not isinstance(name, str)), None):
-        raise TypeError(f"cell ids are text; {wrong!r} is {type(wrong).__name__}")
+    if wrong := [name for name in names if not isinstance(name, str)]:
+        raise TypeError(f"cell ids are text; {wrong[0]!r} is {type(wrong[0]).__name__}")
     return names
 
 

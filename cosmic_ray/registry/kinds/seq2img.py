@@ -214,7 +214,7 @@ class Seq2Img(Model[Seq2ImgModelConfig]):
 
         Args:
             crops: uint8 (N, H, W) or (N, C, H, W), as `config.input` says; resized to the network's own size.
-            strength: in (0, 1]: the time up to which they are noised. Small ones keep what is there, 1 keeps nothing.
+            strength: in (0, 1]: the time up to which they are noised. Small ones keep what is there, 1 next to nothing.
 
         The rest, returns and errors as of `sample`; TypeError and ValueError also for crops that it does not take.
         """
