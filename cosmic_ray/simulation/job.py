@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
@@ -19,9 +16,6 @@ from cosmic_ray.simulation.spec import CELL_TYPES, Fault, FieldSpec, Positive, T
 if TYPE_CHECKING:
     from cosmic_ray.output import Output
     from cosmic_ray.simulation.layout import PlannedField
-
-_FEW = 6
-"""So few fields are simulated before a second process has started."""
 
 
 class SimulatePlates(Job):
@@ -107,29 +101,10 @@ class SimulatePlates(Job):
         }
 
     def _simulate(self, uri: str) -> None:
-        from cosmic_ray.progress import progress
+        from cosmic_ray.simulation.parallel import write_parts
 
-        plan = self.plan()
-        there = {storage.name(part) for part in storage.listing(storage.join(uri, "parts"), "*.parquet")}
-        missing = [field for field in plan if _part_name(field) not in there]
-        done = len(plan) - len(missing)
-        with progress("simulate plates", len(plan), "fields") as shown:
-            if done:
-                shown.update(done, "already there")
-            if len(missing) <= _FEW or self._workers() == 1:
-                for field in missing:
-                    write_field(self, uri, field)
-                    done += 1
-                    shown.update(done)
-                return
-            with _pool(min(self._workers(), len(missing))) as pool:
-                for future in as_completed([pool.submit(write_field, self, uri, field) for field in missing]):
-                    future.result()
-                    done += 1
-                    shown.update(done)
-
-    def _workers(self) -> int:
-        return self.processes or len(os.sched_getaffinity(0))
+        named = {_part_name(field): field for field in self.plan()}
+        write_parts(uri, named, partial(write_field, self, uri), self.processes, "simulate plates", "fields")
 
     def _publish(self, out: Output) -> None:
         from cosmic_ray.simulation.files import load_data_csv, merged, parquet_bytes, parquet_table
@@ -175,34 +150,3 @@ def write_field(job: SimulatePlates, uri: str, planned: PlannedField) -> None:
 
 def _part_name(field: PlannedField) -> str:
     return f"{field.plate}_{field.stem}.parquet"
-
-
-@contextmanager
-def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes forked from a clean one that has imported what they need; error or Ctrl-C drops what has not begun."""
-    from multiprocessing import get_context
-
-    context = get_context("forkserver")
-    context.set_forkserver_preload([f"{__package__}.field", f"{__package__}.files", "scipy.ndimage", "scipy.fft"])
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin)
-    try:
-        yield pool
-    except BaseException:
-        pool.shutdown(wait=True, cancel_futures=True)
-        raise
-    pool.shutdown()
-
-
-def _begin() -> None:
-    """In a worker: Ctrl-C is the parent's to handle, and a worker whose parent was killed ends with it."""
-    import signal
-    import threading
-    from multiprocessing import parent_process
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def follow() -> None:
-        parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=follow, name="follow parent", daemon=True).start()
