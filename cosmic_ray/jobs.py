@@ -23,6 +23,8 @@ KINDS: dict[str, str] = {
     "tune": "cosmic_ray.tuning.job:Tune",
     "fit-transcriptome": "cosmic_ray.transcriptome.job:FitTranscriptome",
     "embed": "cosmic_ray.inference.embed:Embed",
+    "evaluate": "cosmic_ray.evaluation.job:Evaluate",
+    "compare": "cosmic_ray.evaluation.compare:Compare",
     "report": "cosmic_ray.evaluation.report:Report",
     "pipeline": "cosmic_ray.pipeline:Pipeline",
 }

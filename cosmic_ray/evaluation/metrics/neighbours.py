@@ -101,6 +101,23 @@ def knn_accuracy(real: np.ndarray, generated: np.ndarray, share: float = 0.05) -
     return KNNAccuracy(float(scores.mean()), float(scores[:count].mean()), float(scores[count:].mean()), k)
 
 
+def nearest_distances(points: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Euclidean distance of each of `points` (N, D) to the nearest of `others` (M, D): float64 (N,).
+
+    Time O(N M D), memory O(M D) beside blocks of 64 MiB.
+
+    Raises:
+        ValueError: for NaN, infinity, mismatched shapes or no samples.
+    """
+    points, others = arrays.matrix(points, "points"), arrays.matrix(others, "others")
+    arrays.same_width(points, others, "points and others")
+    scale = _power_of_two(others - others.mean(0, dtype=np.float64))
+    found = np.empty(len(points))
+    for part, squared, _ in _squared_distances(points, others):
+        found[part] = np.sqrt(np.maximum(squared.min(1), 0.0)) / scale
+    return found
+
+
 def _own_share(squared: np.ndarray, norms: np.ndarray, is_real: np.ndarray, k: int, width: int) -> np.ndarray:
     """The share of own kind among the k nearest columns, of which the first half are real."""
     last = np.partition(squared, k - 1, axis=1)[:, k - 1]
@@ -124,13 +141,18 @@ def _squared_distances(points: np.ndarray, others: np.ndarray) -> Iterator[tuple
     """
     centre = others.mean(0, dtype=np.float64)
     columns = others - centre
-    scale = np.ldexp(1.0, -int(np.frexp(np.abs(columns).max())[1]))
+    scale = _power_of_two(columns)
     columns *= scale
     column_norms = np.einsum("nd,nd->n", columns, columns)
     for part in arrays.blocks(len(points), 8 * (len(others) + points.shape[1])):
         rows = (points[part] - centre) * scale
         norms = np.einsum("nd,nd->n", rows, rows)
         yield part, norms[:, None] + column_norms - 2 * rows @ columns.T, np.sqrt(norms)
+
+
+def _power_of_two(values: np.ndarray) -> float:
+    """What brings the largest value to between 0.5 and 1."""
+    return float(np.ldexp(1.0, -int(np.frexp(np.abs(values).max())[1])))
 
 
 def _rounding(norms: np.ndarray, squared: np.ndarray, width: int) -> np.ndarray:
