@@ -137,8 +137,8 @@ class Embed(Job):
     ) -> tuple[list[dict[str, Any]], dict[str, float]]:
         """Make the missing parts; return all, in order, and how fast this run was."""
         from cosmic_ray.cluster import require_seen_everywhere
-        from cosmic_ray.inference.parts import Work, sidecar_uri
-        from cosmic_ray.inference.workers import embed_parts, plan_pool
+        from cosmic_ray.inference.parts import EmbedParts, Work, sidecar_uri
+        from cosmic_ray.inference.workers import make_parts, plan_pool
 
         rows = -(-self.part_rows // self.batch_size) * self.batch_size
         count = -(-len(store) // rows)
@@ -159,7 +159,8 @@ class Embed(Job):
             )
             inputs = {"store": store.uri, "model": work.model, **({"split": work.split} if work.split else {})}
             require_seen_everywhere({**inputs, "out": output.uri})
-            speed = embed_parts(work, missing, len(store), pool)
+            sizes = {part: min(rows, len(store) - part * rows) for part in missing}
+            speed = make_parts(EmbedParts, work, sizes, len(store), pool, "embed", "crops")
         facts = [storage.read_json(sidecar_uri(output.uri, part)) for part in range(count)]
         return [{key: fact[key] for key in ("part", "rows", "sha256", "content")} for fact in facts], speed
 

@@ -20,7 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cosmic_ray import storage
-from cosmic_ray.errors import CosmicError, DataError, packed
+from cosmic_ray.errors import DataError
+from cosmic_ray.inference.actors import PartsActor
 from cosmic_ray.output import encode
 from cosmic_ray.stores.columns import images
 from cosmic_ray.stores.crops import CropStore
@@ -53,32 +54,23 @@ class Work:
     """None: an accelerator."""
 
 
-class EmbedParts:
-    """A Ray Data actor that holds the model; takes part numbers, leaves parts, gives back what it did."""
+class EmbedParts(PartsActor[Work]):
+    """Holds the model of an embed job."""
 
-    def __init__(self, work: Work):
-        self._work = work
-        self._opened: tuple[Encoder, CropStore, np.ndarray | None] | None = None
-
-    def __call__(self, parts: pa.Table) -> pa.Table:
-        """`part` int64 -> what `embed_part` says of each, as JSON; the user's errors too: Ray would wrap them up."""
-        said = []
-        for part in parts["part"].to_pylist():
-            try:
-                self._opened = self._opened or self._open()
-                said.append(embed_part(self._work, part, *self._opened))
-            except CosmicError as error:
-                said.append({"error": packed(error)})
-        return pa.table({"said": [json.dumps(one) for one in said]})
-
-    def _open(self) -> tuple[Encoder, CropStore, np.ndarray | None]:
+    def open(self) -> None:
+        """The model, the store, the split."""
         from cosmic_ray.registry.kinds.encoder import Encoder
         from cosmic_ray.registry.package import read_model
 
-        stored, store = read_model(self._work.model), CropStore.open(self._work.store)
-        if stored.config.digest != self._work.digest:
-            raise DataError(self._work.model, "the model was replaced while it was in use", "choose another out")
-        return Encoder(stored, self._work.device), store, split_codes(self._work.split, store)
+        work = self.work
+        stored, self._store = read_model(work.model), CropStore.open(work.store)
+        if stored.config.digest != work.digest:
+            raise DataError(work.model, "the model was replaced while it was in use", "choose another out")
+        self._model, self._codes = Encoder(stored, work.device), split_codes(work.split, self._store)
+
+    def make(self, part: int) -> dict[str, Any]:
+        """See `embed_part`."""
+        return embed_part(self.work, part, self._model, self._store, self._codes)
 
 
 def embed_part(work: Work, part: int, model: Encoder, store: CropStore, codes: np.ndarray | None) -> dict[str, Any]:

@@ -1,18 +1,19 @@
-"""The Ray Data actors of an embed job: how many, on what, and how far they are."""
+"""The Ray Data actors that make the parts of a result: how many, on what, and how far they are."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 import ray
 
 from cosmic_ray import cluster
 from cosmic_ray.errors import JobError, unpacked
-from cosmic_ray.inference.parts import EmbedParts, Work
+from cosmic_ray.inference.actors import PartsActor
 from cosmic_ray.progress import progress
 
 
@@ -43,19 +44,25 @@ def plan_pool(workers: int | None, cpus: int, gpus: float | None) -> Pool:
     return Pool(workers or most, cpus, each)
 
 
-def embed_parts(work: Work, missing: Sequence[int], total: int, pool: Pool) -> dict[str, float]:
-    """Make the `missing` parts of a store of `total` crops.
+def make_parts(
+    actor: type[PartsActor], work: Any, missing: Mapping[int, int], total: int, pool: Pool, doing: str, unit: str
+) -> dict[str, float]:
+    """Make the `missing` parts (number -> rows) of a result of `total` rows, with `actor(work)` in each worker.
+
+    Args:
+        doing: what the progress says is done.
+        unit: what rows are, in the plural.
 
     Returns:
-        `crops_per_s`, and `data_wait_share`: of the workers' time, the share spent waiting for the store.
+        `<unit>_per_s`, and `data_wait_share`: of the workers' time, the share spent waiting for input.
 
     Raises:
         CosmicError: from a worker, such as a DataError: what it could not read.
     """
-    done = total - sum(min(work.rows, total - part * work.rows) for part in missing)
+    done = total - sum(missing.values())
     began, first, busy_s, wait_s = time.monotonic(), done, 0.0, 0.0
     said = ray.data.from_arrow([pa.table({"part": [part]}) for part in missing]).map_batches(
-        EmbedParts,
+        actor,
         fn_constructor_args=(work,),
         batch_size=1,
         batch_format="pyarrow",
@@ -63,7 +70,7 @@ def embed_parts(work: Work, missing: Sequence[int], total: int, pool: Pool) -> d
         num_cpus=pool.cpus,
         num_gpus=pool.gpus or None,
     )
-    with progress("embed", total, "crops") as shown:
+    with progress(doing, total, unit) as shown:
         shown.update(done)
         for row in said.iter_rows():
             one = json.loads(row["said"])
@@ -71,4 +78,4 @@ def embed_parts(work: Work, missing: Sequence[int], total: int, pool: Pool) -> d
                 raise unpacked(one["error"])
             done, busy_s, wait_s = done + one["rows"], busy_s + one["seconds"], wait_s + one["read_wait_s"]
             shown.update(done, f"data wait {wait_s / busy_s:.0%}")
-    return {"crops_per_s": (done - first) / (time.monotonic() - began), "data_wait_share": wait_s / busy_s}
+    return {f"{unit}_per_s": (done - first) / (time.monotonic() - began), "data_wait_share": wait_s / busy_s}

@@ -249,8 +249,8 @@ def test_a_model_that_does_not_take_the_stores_crops_is_refused(crop_store, tmp_
 def test_of_several_channels_the_order_counts(crop_store, tmp_path):
     store, folder = crop_store(4, channels=2), str(tmp_path / "model")
     spec = {"height": SIDE, "width": SIDE}
-    export(folder, channels=2, input_spec={"channels": ["channel-0", "channel-1"], **spec})
+    export(folder, channels=2, input={"channels": ["channel-0", "channel-1"], **spec})
     Embed(store=store.uri, model=folder, out=str(tmp_path / "out")).check()
-    export(folder, channels=2, input_spec={"channels": ["channel-1", "channel-0"], **spec})
+    export(folder, channels=2, input={"channels": ["channel-1", "channel-0"], **spec})
     with pytest.raises(JobError, match="takes channels"):
         Embed(store=store.uri, model=folder, out=str(tmp_path / "out")).check()
