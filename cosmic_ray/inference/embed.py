@@ -9,15 +9,14 @@ from pydantic import Field
 
 from cosmic_ray import storage
 from cosmic_ray.config import Job, Uri
-from cosmic_ray.errors import DataError, JobError, NotFoundError
+from cosmic_ray.errors import JobError, NotFoundError
+from cosmic_ray.inference.inputs import pinned, shared_model
 from cosmic_ray.output import Output, canonical, claim, read_manifest
 
 if TYPE_CHECKING:
     from cosmic_ray.registry.package import ModelConfig, StoredModel
     from cosmic_ray.stores.crops import CropStore
     from cosmic_ray.stores.manifest import CropSpec
-
-_PINNED = "inputs.json"
 
 
 class Embed(Job):
@@ -109,7 +108,7 @@ class Embed(Job):
         stored = fetch_model(self.model, tracking=self.tracking_uri)
         _require_fit(self.model, stored.config, store.spec)
         codes = split_codes(self.split, store)
-        lineage = _pinned(output, self._lineage(store, stored))
+        lineage = pinned(output, self._lineage(store, stored))
         parts, speed = self._parts(output, store, stored)
         facts = {
             "rows": len(store),
@@ -149,7 +148,7 @@ class Embed(Job):
             work = Work(
                 store=store.uri,
                 out=output.uri,
-                model=_shared(stored, output),
+                model=shared_model(stored, output),
                 digest=stored.config.digest,
                 split=None if self.split is None else storage.absolute(self.split),
                 rows=rows,
@@ -172,30 +171,6 @@ def _require_fit(uri: str, config: ModelConfig, spec: CropSpec) -> None:
         raise JobError("model", uri, f"takes crops of {takes.shape}; the store's are {spec.shape}", "(C, H, W)")
     if len(takes.channels) > 1 and takes.channels != spec.channels:
         raise JobError("model", uri, f"takes channels {takes.channels}; the store's are {spec.channels}")
-
-
-def _shared(stored: StoredModel, output: Output) -> str:
-    """A folder with the model that every worker can read: a registered one is copied to `<out>/model`."""
-    from cosmic_ray.registry.package import copy_model
-
-    if not stored.uri.startswith("models:"):
-        return stored.uri
-    copy_model(stored, output.at("model"))
-    return output.at("model")
-
-
-def _pinned(output: Output, lineage: dict[str, Any]) -> dict[str, Any]:
-    """See that a continued run has the inputs that it began with: an alias moves, a folder is written anew."""
-    try:
-        begun = storage.read_json(output.at(_PINNED))
-    except NotFoundError:
-        output.write(_PINNED, canonical(lineage))
-        return lineage
-    for name, now in lineage.items():
-        if begun[name]["content_hash"] != now["content_hash"]:
-            problem = f"this run began with {name} {begun[name]['uri']}, whose content was another than it is now"
-            raise DataError(output.uri, problem, "choose another out, or delete that folder")
-    return begun
 
 
 def _results(manifest: dict[str, Any]) -> dict[str, Any]:
