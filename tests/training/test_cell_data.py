@@ -1,4 +1,4 @@
-"""Cells as the loop's data: every tensor is of the cell that the plan names, on any ranks, from any step; bad tables."""
+"""Cells as the loop's data: every tensor is of the cell that the plan names, on any ranks, from any step."""
 
 from __future__ import annotations
 
