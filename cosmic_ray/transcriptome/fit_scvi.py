@@ -115,15 +115,12 @@ def _watch(job: FitTranscriptome, report: Report) -> Any:
         def on_train_batch_end(self, trainer: pl.Trainer, module: object, outputs: Any, *_: object) -> None:
             if not torch.isfinite(outputs["loss"]):
                 raise diverged(self.epoch)
-
-        def on_validation_start(self, *_: object) -> None:
-            self._kept = torch.random.fork_rng(devices=range(torch.cuda.device_count()))
-            self._kept.__enter__()
-
-        def on_validation_end(self, *_: object) -> None:
-            self._kept.__exit__(None, None, None)
+            self._random = torch.get_rng_state(), torch.cuda.get_rng_state_all()
 
         def on_train_epoch_end(self, trainer: pl.Trainer, *_: object) -> None:
+            # `val` was looked at in between: its sampling, and even making its loader, draws random numbers.
+            torch.set_rng_state(self._random[0])
+            torch.cuda.set_rng_state_all(self._random[1])
             have = trainer.callback_metrics
             report({"epoch": self.epoch, **{key: float(have[name]) for key, name in _METRICS.items() if name in have}})
 
