@@ -74,8 +74,11 @@ def read_bytes(uri: str) -> bytes:
         return local_path(uri).read_bytes()
 
 
-def read_range(uri: str, start: int, length: int) -> bytes:
+def read_range(uri: str, start: int, length: int, room: memoryview | None = None) -> bytes | memoryview:
     """`length` bytes of one object from byte `start`.
+
+    `room`: at least so many writable bytes, which may be used for them: fresh memory for each read of megabytes costs
+    several times what the reading does.
 
     Raises:
         DamagedError: where it ends before `start + length`.
@@ -87,7 +90,7 @@ def read_range(uri: str, start: int, length: int) -> bytes:
     else:
         with _local_errors(uri), open(local_path(uri), "rb", buffering=0) as file:
             file.seek(start)
-            data = file.read(length)
+            data = file.read(length) if room is None else room[: file.readinto(room[:length])]
     if len(data) != length:
         problem = f"ends early: {len(data)} of {length} bytes at offset {start}"
         raise DamagedError(uri, problem, "the object is truncated")

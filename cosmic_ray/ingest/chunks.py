@@ -1,104 +1,158 @@
-"""What a Ray worker runs to feed one rank: a generator of chunks, each a few global batches' worth of crops in order.
+"""What a Ray worker runs to feed one rank: a generator of chunks, each some stored row groups in the order of need.
 
-A chunk is an Arrow table of one row, so that Ray Data hands it on as it is: neither merged with others nor cut.
+A chunk is an Arrow table of one row, so that Ray Data hands it on as it is: neither merged with others nor cut. Row
+groups travel as they are stored: they are a third of the size of the crops in them, and arrive with their digests.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
+from itertools import accumulate, islice, pairwise
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import xxhash
 
+from cosmic_ray import storage
 from cosmic_ray.errors import DataError, packed
 from cosmic_ray.ingest.plan import Plan
-from cosmic_ray.ingest.windows import Windows
-from cosmic_ray.stores.crops import CropStore
-from cosmic_ray.stores.manifest import CropSpec
+from cosmic_ray.ingest.windows import LOCAL_THREADS, REMOTE_THREADS
+from cosmic_ray.stores.crops import FOOTERS_KEPT, CropStore
 
-CHUNK_BYTES = 64 * 2**20
+CHUNK_BYTES = 32 * 2**20
 SCHEMA = pa.schema(
     {
-        "step": pa.int64(),
-        "steps": pa.int64(),
-        "shape": pa.list_(pa.int64()),
-        "images": pa.large_binary(),
-        "digest": pa.string(),
+        "first": pa.int64(),
+        "row_groups": pa.list_(pa.int64()),
+        "sizes": pa.list_(pa.int64()),
+        "stored": pa.large_binary(),
         "error": pa.string(),
     }
 )
-"""First global batch, number of them, (C, H, W), their crops' bytes in order, `digest`; or else a DataError, packed."""
+"""The number of the first row group in the stream; the row groups; of each, bytes of its data and of its shard's
+footer; these bytes, one after another; or else why the next row group cannot be read: a DataError, packed."""
 
 
 def read_chunks(
-    order: pa.Table, store_uri: str, plan: Plan, lanes: range, first_step: int, last_step: int, **reading: Any
+    order: pa.Table,
+    store_uri: str,
+    plan: Plan,
+    lanes: range,
+    first_step: int,
+    last_step: int,
+    skip: int,
+    ahead_bytes: int,
 ) -> Iterator[pa.Table]:
-    """The chunks of `lanes` from global batch `first_step` to `last_step`-1.
+    """The row groups that `plan.reads` names, without the first `skip` of them, at most `ahead_bytes` read ahead.
 
     `order` is the one row that starts the task. Data that cannot be read end the stream with a chunk that says why:
     an exception would reach the consumer as Ray's, after hundreds of lines of traceback.
     """
-    k = first_step
     try:
         store = CropStore.open(store_uri)
-        windows = Windows(store, plan, lanes, first_step, last_step, **reading)
     except DataError as error:
-        yield _failed(k, error)
+        yield _failed(skip, error)
         return
-    nbytes = store.spec.nbytes
-    rooms = [np.empty((0, nbytes), np.uint8)] * 2
-    wanted = 1
+    groups = (group for read in plan.reads(lanes, first_step, last_step) for group in read.row_groups)
+    reading = _Reading(store, islice(groups, skip, None), ahead_bytes)
+    first = skip
     try:
-        while k < last_step:
-            sizes = _sizes(plan, lanes, k, last_step, wanted // nbytes)
-            if len(rooms[0]) < sum(sizes):
-                rooms[0] = np.empty((sum(sizes) + 4 * len(sizes), nbytes), np.uint8)
-            done, failure = _fill(windows, k, sizes, rooms[0])
+        while chunk := reading.take():
+            done, failure = chunk.done()
             if done:
-                yield _chunk(k, done, store.spec, rooms[0][: sum(sizes[:done])])
+                yield chunk.table(first, done)
             if failure:
-                yield _failed(k + done, failure)
+                yield _failed(first + done, failure)
                 return
-            # The next chunk is written while the last one is perhaps still being stored. The first ones are short, so
-            # that the consumer need not wait long for its first batch.
-            rooms.reverse()
-            k, wanted = k + done, min(4 * max(wanted, sum(sizes) * nbytes), CHUNK_BYTES)
+            first += done
     finally:
-        windows.close()
+        reading.close()
 
 
-def _sizes(plan: Plan, lanes: range, k: int, last_step: int, rows: int) -> list[int]:
-    """The rows of the global batches from `k` on that together make a chunk of about `rows`; at least one batch."""
-    sizes = [len(plan.positions(k, lanes))]
-    while k + len(sizes) < last_step and sum(sizes) + sizes[0] <= rows:
-        sizes.append(len(plan.positions(k + len(sizes), lanes)))
-    return sizes
+class _Chunk(NamedTuple):
+    groups: list[int]
+    sizes: list[int]
+    """Of each row group, bytes of its data and of its shard's footer."""
+    room: np.ndarray
+    """uint8: they come one after another; what is left of the room is unused."""
+    parts: list[Future]
+
+    def done(self) -> tuple[int, DataError | None]:
+        """Row groups that are read, and why the one after them is not."""
+        for number, part in enumerate(self.parts):
+            try:
+                part.result()
+            except DataError as error:
+                return number, error
+        return len(self.parts), None
+
+    def table(self, first: int, done: int) -> pa.Table:
+        """The first `done` row groups, of which the first one is number `first` of the stream."""
+        groups, sizes = self.groups[:done], self.sizes[: 2 * done]
+        nbytes = sum(sizes)
+        offsets = pa.py_buffer(np.array([0, nbytes], np.int64))
+        stored = pa.Array.from_buffers(pa.large_binary(), 1, [None, offsets, pa.py_buffer(self.room[:nbytes])])
+        return pa.table([[first], [groups], [sizes], stored, [""]], schema=SCHEMA)
 
 
-def _fill(windows: Windows, k: int, sizes: list[int], room: np.ndarray) -> tuple[int, DataError | None]:
-    at = 0
-    for done, size in enumerate(sizes):
-        try:
-            windows.fill(k + done, room[at : at + size])
-        except DataError as error:
-            return done, error
-        at += size
-    return len(sizes), None
+class _Reading:
+    """Row groups of a store in a given order, read ahead by threads into memory that is used again."""
+
+    def __init__(self, store: CropStore, groups: Iterator[int], ahead_bytes: int):
+        self._store, self._groups, self._ahead_bytes = store, groups, ahead_bytes
+        self._group = next(groups, None)
+        self._coming: deque[_Chunk] = deque()
+        self._taken: deque[np.ndarray] = deque()
+        self._wanted = 1
+        self._footer = lru_cache(FOOTERS_KEPT)(store.stored_footer)
+        threads = LOCAL_THREADS if storage.is_local(store.uri) else REMOTE_THREADS
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="row-groups")
+
+    def take(self) -> _Chunk | None:
+        """The next chunk, or None after the last one; it is valid until the next but one is taken."""
+        while self._group is not None and sum(map(_nbytes, self._coming)) < self._ahead_bytes:
+            self._coming.append(self._begin())
+        if not self._coming:
+            return None
+        self._taken.append(self._coming[0].room)
+        return self._coming.popleft()
+
+    def close(self) -> None:
+        """Read no more."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _begin(self) -> _Chunk:
+        groups, sizes = [], []
+        while self._group is not None and sum(sizes) < self._wanted:
+            groups.append(self._group)
+            sizes += [self._store.row_groups[self._group].nbytes, self._store.footer_nbytes(self._group)]
+            self._group = next(self._groups, None)
+        # The first ones are short, so that the consumer need not wait long for its first batch.
+        self._wanted = min(4 * sum(sizes), CHUNK_BYTES)
+        room = self._room(sum(sizes))
+        ends = [0, *accumulate(sizes)]
+        parts = [memoryview(room)[start:end] for start, end in pairwise(ends)]
+        reads = zip(groups, parts[::2], parts[1::2], strict=True)
+        return _Chunk(groups, sizes, room, [self._pool.submit(self._read, *read) for read in reads])
+
+    def _room(self, nbytes: int) -> np.ndarray:
+        # The one that was taken last is perhaps still being stored.
+        room = self._taken.popleft() if len(self._taken) > 2 else np.empty(0, np.uint8)
+        return room if len(room) >= nbytes else np.empty(nbytes * 5 // 4, np.uint8)
+
+    def _read(self, group: int, data: memoryview, footer: memoryview) -> None:
+        found = self._store.stored(group, room=data)
+        if not isinstance(found, memoryview):
+            data[:] = found
+        footer[:] = self._footer(self._store.row_groups[group].shard)
 
 
-def _chunk(k: int, steps: int, spec: CropSpec, crops: np.ndarray) -> pa.Table:
-    offsets = pa.py_buffer(np.array([0, crops.nbytes], np.int64))
-    images = pa.Array.from_buffers(pa.large_binary(), 1, [None, offsets, pa.py_buffer(crops)])
-    return pa.table([[k], [steps], [spec.shape], images, [digest(crops)], [""]], schema=SCHEMA)
+def _nbytes(chunk: _Chunk) -> int:
+    return sum(chunk.sizes)
 
 
-def _failed(k: int, error: DataError) -> pa.Table:
-    return pa.table([[k], [0], [[]], [b""], [""], [packed(error)]], schema=SCHEMA)
-
-
-def digest(crops: np.ndarray) -> str:
-    """xxh3_64 of 64 bytes in the middle of each crop: enough to notice a chunk that was overwritten on its way."""
-    middle = crops.shape[1] // 2
-    return xxhash.xxh3_64_hexdigest(np.ascontiguousarray(crops[:, middle : middle + 64]))
+def _failed(first: int, error: DataError) -> pa.Table:
+    return pa.table([[first], [[]], [[]], [b""], [packed(error)]], schema=SCHEMA)

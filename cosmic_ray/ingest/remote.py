@@ -1,4 +1,4 @@
-"""The windows of a rank, open in a Ray Data task on its node: chunks of crops come through Ray's object store."""
+"""The stored row groups of a rank, read by a Ray Data task on its node; they come in chunks, by Ray's object store."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ import threading
 import time
 import uuid
 import warnings
-from collections.abc import Iterator
-from functools import cached_property
+from collections import deque
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import ray
 from ray.data import DataContext
@@ -23,9 +22,10 @@ from ray.data._internal.execution.backpressure_policy.backpressure_policy import
 from ray.data._internal.execution.interfaces import PhysicalOperator
 from ray.util.annotations import RayDeprecationWarning
 
-from cosmic_ray.errors import unpacked
+from cosmic_ray.errors import DataError, unpacked
 from cosmic_ray.ingest import chunks
 from cosmic_ray.ingest.plan import Plan
+from cosmic_ray.ingest.windows import Stored
 from cosmic_ray.progress import say
 
 QUEUED_CHUNKS = 2
@@ -34,18 +34,30 @@ RESTARTS, RESTART_PAUSE_S = 3, 1.0
 
 
 _STREAM = "cosmic_ray.ingest.stream"
-_TAKEN: dict[str, threading.Event] = {}
-"""For each stream of this process, set when its rank takes a chunk: a context that is sent to tasks holds its name."""
 
 
-class RemoteWindows:
-    """As `Windows`, read by one long Ray Data task that runs until the last step.
+class _Queue:
+    """What a rank and Ray Data's loop, in another thread of its process, tell each other."""
 
-    Memory: in the task, the open windows and what it reads ahead; in the object store, half a dozen chunks, and those
-    that were used and that Ray has not freed yet: never more than fits there, and nothing is spilled.
+    def __init__(self) -> None:
+        self.taken = threading.Event()
+        """Set when the rank takes a chunk."""
+        self.waiting = 0
+        """Chunks that wait for the rank, as the loop saw last."""
 
-    A task that dies (killed for memory, its node lost) is started again from the step that the rank needs next; what
-    was handed out is not read again.
+
+_QUEUES: dict[str, _Queue] = {}
+"""For each stream of this process: a context that is sent to tasks holds its name."""
+
+
+class RemoteRowGroups:
+    """Row groups as they are stored, read by one long Ray Data task that runs until the last step.
+
+    Memory: in the task, `ahead_bytes` and two chunks; in the object store, half a dozen chunks, and those that were
+    used and that Ray has not freed yet: never more than fits there, and nothing is spilled.
+
+    A task that dies (killed for memory, its node lost) is started again at the row group that comes next; what was
+    handed out is not read again.
     """
 
     def __init__(
@@ -58,87 +70,92 @@ class RemoteWindows:
         read_cpus: float,
         ahead_bytes: int,
     ):
-        self._uri, self._first_step, self._read_cpus = store_uri, first_step, read_cpus
+        self._uri, self._read_cpus = store_uri, read_cpus
         self._read = functools.partial(
             chunks.read_chunks,
             store_uri=store_uri,
             plan=plan,
             lanes=lanes,
+            first_step=first_step,
             last_step=last_step,
             ahead_bytes=ahead_bytes,
         )
-        self._restarts, self._steps_left = 0, 0
-        self._name, self._taken = uuid.uuid4().hex, threading.Event()
-        _TAKEN[self._name] = self._taken
-        self._crops, self._at = np.empty((0, 0), np.uint8), 0
-        self._blocks = self._start(first_step)
+        self._restarts, self._received = 0, 0
+        self._here: deque[tuple[int, Stored]] = deque()
+        self._error: DataError | None = None
+        self._name, self._queue = uuid.uuid4().hex, _Queue()
+        _QUEUES[self._name] = self._queue
+        self._blocks = self._start()
 
-    @cached_property
-    def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of the store's crops; the task has to have begun.
+    def ready(self) -> bool:
+        """Whether the next row group can be asked for without waiting."""
+        return bool(self._here or self._error or self._queue.waiting)
 
-        Raises DataError as `fill`.
-        """
-        return self._open(self._next_chunk(self._first_step), self._first_step)
-
-    def fill(self, k: int, out: np.ndarray) -> None:
-        """Copy what the lanes give to global batch `k` to `out`, uint8 (rows, bytes of a crop). Steps ascend by one.
-
-        Raises:
-            DataError: naming the shard that cannot be read.
-        """
-        if not self._steps_left:
-            self._open(self._next_chunk(k), k)
-        out[:] = self._crops[self._at : self._at + len(out)]
-        self._at += len(out)
-        self._steps_left -= 1
+    def ask(self, group: int) -> Callable[[], Stored]:
+        """What gives a row group, or raises DataError."""
+        if not self._here and self._error is None:
+            self._receive()
+        if not self._here:
+            return self._fail
+        came, stored = self._here.popleft()
+        if came != group:
+            raise RuntimeError(f"{self._uri}: row group {came} came where {group} was to come")
+        return lambda: stored
 
     def close(self) -> None:
         """End the task."""
         self._blocks.close()
-        _TAKEN.pop(self._name, None)
+        _QUEUES.pop(self._name, None)
 
-    def _next_chunk(self, k: int) -> pa.Table:
-        self._crops = np.empty((0, 0), np.uint8)
+    def _fail(self) -> Stored:
+        raise self._error
+
+    def _receive(self) -> None:
+        chunk = self._next_chunk()
+        if error := chunk["error"][0].as_py():
+            self._error = unpacked(error)
+            return
+        groups, sizes = chunk["row_groups"][0].as_py(), chunk["sizes"][0].as_py()
+        if chunk["first"][0].as_py() != self._received:
+            raise RuntimeError(f"{self._uri}: row groups came in another order than they were read in")
+        stored, at = chunk["stored"].chunk(0).buffers()[2], 0
+        for group, data, footer in zip(groups, sizes[::2], sizes[1::2], strict=True):
+            parts = stored.slice(at, data), stored.slice(at + data, footer)
+            self._here.append((group, Stored(*parts)))
+            at += data + footer
+        self._received += len(groups)
+        self._restarts = 0
+
+    def _next_chunk(self) -> pa.Table:
         while True:
             try:
                 chunk = next(self._blocks)
-                self._taken.set()
+                self._queue.waiting = max(self._queue.waiting - 1, 0)
+                self._queue.taken.set()
                 return chunk
             except ray.exceptions.RayTaskError:
                 raise
             except ray.exceptions.RayError as error:
-                self._restart(k, error)
+                self._restart(error)
 
-    def _open(self, chunk: pa.Table, k: int) -> tuple[int, int, int]:
-        if error := chunk["error"][0].as_py():
-            raise unpacked(error)
-        channels, height, width = chunk["shape"][0].as_py()
-        values = np.frombuffer(chunk["images"].chunk(0).buffers()[2], np.uint8)
-        self._crops, self._at = values.reshape(-1, channels * height * width), 0
-        if chunk["step"][0].as_py() != k or chunks.digest(self._crops) != chunk["digest"][0].as_py():
-            raise RuntimeError(f"{self._uri}: global batch {k} was damaged between its reading and its use")
-        self._steps_left, self._restarts = chunk["steps"][0].as_py(), 0
-        return channels, height, width
-
-    def _restart(self, k: int, error: Exception) -> None:
+    def _restart(self, error: Exception) -> None:
         self._blocks.close()
         self._restarts += 1
         if self._restarts > RESTARTS:
             raise error
-        say(f"the reading task died ({type(error).__name__}); starting it again at step {k}")
+        say(f"the reading task died ({type(error).__name__}); starting it again at its row group {self._received}")
         time.sleep(RESTART_PAUSE_S)
-        self._blocks = self._start(k)
+        self._blocks = self._start()
 
-    def _start(self, first_step: int) -> Iterator[pa.Table]:
+    def _start(self) -> Iterator[pa.Table]:
         # from_arrow would start a task of one CPU for the schema, and wait for ever where ranks and readers hold them.
-        dataset = ray.data.from_blocks([pa.table({"first_step": [first_step]})])
+        dataset = ray.data.from_blocks([pa.table({"skip": [self._received]})])
         with warnings.catch_warnings():
             # Ray would run a task that died again from its own first step, however long ago that was. There is no
             # other way to forbid it in this version, which warns that the way will change.
             warnings.simplefilter("ignore", RayDeprecationWarning)
             dataset = dataset.map_batches(
-                functools.partial(self._read, first_step=first_step),
+                functools.partial(self._read, skip=self._received),
                 batch_size=1,
                 batch_format="pyarrow",
                 num_cpus=self._read_cpus,
@@ -158,16 +175,19 @@ class _QueueIsFull(BackpressurePolicy):
 
     def __init__(self, data_context: DataContext, topology: Any, resource_manager: Any):
         super().__init__(data_context, topology, resource_manager)
-        self._taken = _TAKEN[data_context.get_config(_STREAM)]
+        self._queue = _QUEUES[data_context.get_config(_STREAM)]
         self._quick_until = 0.0
 
     def max_task_output_bytes_to_read(self, op: PhysicalOperator) -> int | None:
-        if op.output_dependencies or self._topology[op].total_enqueued_output_blocks() < QUEUED_CHUNKS:
+        if op.output_dependencies:
+            return None
+        self._queue.waiting = self._topology[op].total_enqueued_output_blocks()
+        if self._queue.waiting < QUEUED_CHUNKS:
             return None
         if time.monotonic() < self._quick_until:
             time.sleep(QUICK_S)
-        elif self._taken.wait(SLOW_S):
-            self._taken.clear()
+        elif self._queue.taken.wait(SLOW_S):
+            self._queue.taken.clear()
             self._quick_until = time.monotonic() + 20 * QUICK_S
         return 0
 

@@ -1,8 +1,8 @@
 """Store to batches: a rank's slices of the global batches, through Ray Data or in this process, byte for byte the same.
 
-`batches` runs one long Ray Data task beside the rank; it reads, verifies, decodes, shuffles and sends chunks of whole
-batches, and the rank only copies each batch into a staging buffer. `plain_batches` does all of it in the calling
-process. Epochs are one stream, and any step can be the first.
+`batches` runs one long Ray Data task beside the rank, which reads the stored row groups in the order of need; threads
+of the rank verify and decode them, and each batch is drawn from the open windows into a staging buffer. `plain_batches`
+reads them in the calling process, too. Epochs are one stream, and any step can be the first.
 """
 
 from __future__ import annotations
@@ -12,9 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from functools import cached_property
-from typing import TYPE_CHECKING, Protocol
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from cosmic_ray.ingest.chunks import CHUNK_BYTES
 from cosmic_ray.ingest.plan import Plan, Samples
@@ -60,15 +58,6 @@ class Batch:
         return len(self.images)
 
 
-class _Source(Protocol):
-    @property
-    def shape(self) -> tuple[int, int, int]: ...
-
-    def fill(self, k: int, out: np.ndarray) -> None: ...
-
-    def close(self) -> None: ...
-
-
 def batches(
     store_uri: str,
     plan: Plan,
@@ -89,18 +78,21 @@ def batches(
         store_uri: the crop store, at a URI that means the same in every process.
         micro: at most so many crops a batch; a slice then comes in parts.
         read_cpus: logical CPUs of the task.
-        ahead_bytes: the task reads so far ahead of its open windows.
+        ahead_bytes: so much is read ahead, in the task as it is stored, and in the calling process decoded.
 
     Raises:
         JobError: for more ranks than lanes.
         DataError: naming the shard that cannot be read, or the store where the plan was made for another.
     """
-    from cosmic_ray.ingest.remote import RemoteWindows
+    from cosmic_ray.ingest.remote import RemoteRowGroups
 
     lanes = plan.lanes_of(rank, world)
-    source = RemoteWindows(store_uri, plan, lanes, first_step, last_step, read_cpus, ahead_bytes)
-    with closing(source):
-        yield from _staged(source, plan, lanes, range(first_step, last_step), micro)
+    steps = range(first_step, last_step)
+    with closing(RemoteRowGroups(store_uri, plan, lanes, first_step, last_step, read_cpus, ahead_bytes)) as source:
+        # The task starts meanwhile.
+        windows = Windows(CropStore.open(store_uri), plan, lanes, first_step, last_step, ahead_bytes, source)
+        with closing(windows):
+            yield from _staged(windows, plan, lanes, steps, micro)
 
 
 def plain_batches(
@@ -116,26 +108,27 @@ def plain_batches(
 ) -> Iterator[Batch]:
     """As `batches`, without Ray: threads of this process read ahead."""
     lanes = plan.lanes_of(rank, world)
-    source = Windows(CropStore.open(store_uri), plan, lanes, first_step, last_step, ahead_bytes)
-    with closing(source):
-        yield from _staged(source, plan, lanes, range(first_step, last_step), micro)
+    windows = Windows(CropStore.open(store_uri), plan, lanes, first_step, last_step, ahead_bytes)
+    with closing(windows):
+        yield from _staged(windows, plan, lanes, range(first_step, last_step), micro)
 
 
 def reading_bytes(plan: Plan, lanes: range, crop_bytes: int, ahead_bytes: int = AHEAD_BYTES) -> int:
-    """What reading for a rank with these lanes holds in memory, in its task: the open windows, the windows read ahead
-    and the chunk being made. The task's own code and Arrow's buffers come on top: about 300 MB.
+    """What reading for a rank with these lanes holds in memory: in the rank's process the open windows and those read
+    ahead, in its task what that has read ahead and the chunk being made. Code and Arrow's buffers come on top: about
+    300 MB.
     """
     windows = plan.open_rows(lanes) + plan.largest_window(lanes)
-    return windows * crop_bytes + ahead_bytes + 2 * CHUNK_BYTES
+    return windows * crop_bytes + 2 * ahead_bytes + 2 * CHUNK_BYTES
 
 
-def _staged(source: _Source, plan: Plan, lanes: range, steps: range, micro: int | None) -> Iterator[Batch]:
+def _staged(windows: Windows, plan: Plan, lanes: range, steps: range, micro: int | None) -> Iterator[Batch]:
     asked = time.perf_counter()
-    staging = Staging(plan.largest_slice(lanes), source.shape) if steps else None
+    staging = Staging(plan.largest_slice(lanes), windows.shape) if steps else None
     for k in steps:
         rows = len(plan.positions(k, lanes))
         images = staging.take(rows)
-        source.fill(k, images.numpy().reshape(rows, math.prod(source.shape)))
+        windows.fill(k, images.numpy().reshape(rows, math.prod(windows.shape)))
         wait_s = time.perf_counter() - asked
         size = micro or max(rows, 1)
         for start in range(0, max(rows, 1), size):

@@ -1,32 +1,73 @@
-"""The open windows of some lanes: row groups read ahead in the order of need, their rows put into drawn order.
+"""The open windows of some lanes: row groups read ahead in the order of need, their crops drawn as the plan says.
 
-A row is copied twice: from its decoded row group to its place in the window, and from there, as part of a run, into
-the batch. The memory of a used-up window serves the next ones, so that a long run touches no fresh page.
+A crop is copied twice: from its decompressed page to its window, and from there into the batch. The memory of a used-up
+window serves the next ones, so that a long run touches no fresh page.
 """
 
 from __future__ import annotations
 
+import threading
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from cosmic_ray import storage
-from cosmic_ray.errors import DataError
+from cosmic_ray.errors import DamagedError, DataError
 from cosmic_ray.ingest.plan import Plan, WindowRead
-from cosmic_ray.stores.columns import images
-from cosmic_ray.stores.crops import CropStore
+from cosmic_ray.progress import say
+from cosmic_ray.stores.crops import Buffer, CropStore
 
 AHEAD_BYTES = 64 * 2**20
 LOCAL_THREADS, REMOTE_THREADS = 2, 8
-_RUN = 32
 _KEPT = 4
 
 
+class Stored(NamedTuple):
+    """A row group as it is stored, and the end of its shard, which tells how; read where it is not given and needed."""
+
+    data: Buffer
+    footer: Buffer | None = None
+
+
+class RowGroups(Protocol):
+    """Where the stored row groups come from. They are asked for in the order of `Plan.reads`."""
+
+    def ready(self) -> bool:
+        """Whether the next row group can be asked for without waiting."""
+        ...
+
+    def ask(self, group: int) -> Callable[[], Stored]:
+        """What gives a row group, or raises DataError: called in another thread."""
+        ...
+
+
+class Here:
+    """Row groups read from the store by the threads that decode them."""
+
+    def __init__(self, store: CropStore):
+        self._store, self._thread = store, threading.local()
+
+    def ready(self) -> bool:
+        return True
+
+    def ask(self, group: int) -> Callable[[], Stored]:
+        return lambda: Stored(self._store.stored(group, room=self._room(self._store.row_groups[group].nbytes)))
+
+    def _room(self, nbytes: int) -> memoryview:
+        """Memory of this thread, for one row group after another."""
+        if nbytes > getattr(self._thread, "nbytes", 0):
+            self._thread.nbytes, self._thread.room = nbytes, memoryview(np.empty(nbytes * 5 // 4, np.uint8))
+        return self._thread.room
+
+
 class _Window(NamedTuple):
-    rows: np.ndarray
-    """uint8 (room, bytes of a crop): the window's rows in drawn order; what is left of the room is unused."""
+    crops: np.ndarray
+    """uint8 (room, bytes of a crop): the crops that are drawn, each once; what is left of the room is unused."""
+    drawn: np.ndarray
+    """intp (draws,): the place in `crops` of each draw."""
     parts: list[Future]
     last_step: int
 
@@ -45,9 +86,10 @@ class Windows:
         first_step: int,
         last_step: int,
         ahead_bytes: int = AHEAD_BYTES,
-        threads: int | None = None,
+        source: RowGroups | None = None,
     ):
-        """`threads` that read and decode; by default more of them where the store is far away.
+        """`source` of the stored row groups: by default this process reads them, with more threads where the store is
+        far away.
 
         Raises DataError where `plan` was made for another store.
         """
@@ -55,15 +97,15 @@ class Windows:
             problem = f"its content hash is {store.content_hash[:16]}, the plan's store has {plan.spec.store_hash[:16]}"
             raise DataError(store.uri, problem, "open the store that the plan was made for")
         self._store, self._plan, self._lanes = store, plan, lanes
+        self._source = source or Here(store)
         self._reads = plan.reads(lanes, first_step, last_step)
         self._coming = next(self._reads, None)
         self._open: dict[tuple[int, int, int], _Window] = {}
         self._ahead: deque[tuple[int, int]] = deque()
         self._ahead_rows, self._ahead_limit = 0, ahead_bytes // store.spec.nbytes
         self._room, self._free = plan.largest_window(lanes), []
-        if threads is None:
-            threads = LOCAL_THREADS if storage.is_local(store.uri) else REMOTE_THREADS
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="row-groups")
+        far = source is None and not storage.is_local(store.uri)
+        self._pool = ThreadPoolExecutor(REMOTE_THREADS if far else LOCAL_THREADS, thread_name_prefix="row-groups")
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -83,10 +125,11 @@ class Windows:
             while opened.parts:
                 opened.parts[-1].result()
                 opened.parts.pop()
-            out[at : at + stop - start] = opened.rows[start:stop]
+            # Of the modes, `clip` alone writes to `out` without a copy in between.
+            np.take(opened.crops, opened.drawn[start:stop], axis=0, out=out[at : at + stop - start], mode="clip")
             at += stop - start
         for key in [key for key, opened in self._open.items() if opened.last_step <= k]:
-            self._free.append(self._open.pop(key).rows)
+            self._free.append(self._open.pop(key).crops)
         # Between two epochs all lanes have two windows open; what that took is given back.
         del self._free[_KEPT:]
 
@@ -97,7 +140,7 @@ class Windows:
     def _read_ahead(self, k: int) -> None:
         while self._ahead and self._ahead[0][0] <= k:
             self._ahead_rows -= self._ahead.popleft()[1]
-        while (read := self._coming) and (read.first_step <= k or self._ahead_rows < self._ahead_limit):
+        while (read := self._coming) and (read.first_step <= k or self._may_read_ahead()):
             rows = self._plan.window_rows(read.lane, read.epoch, read.window)
             self._start(read, rows)
             if read.first_step > k:
@@ -105,16 +148,37 @@ class Windows:
                 self._ahead_rows += rows.shape[1]
             self._coming = next(self._reads, None)
 
-    def _start(self, read: WindowRead, rows: np.ndarray) -> None:
-        room = self._free.pop() if self._free else np.empty((self._room, self._store.spec.nbytes), np.uint8)
-        parts = []
-        for group in read.row_groups:
-            places = np.flatnonzero(rows[0] == group)
-            parts.append(self._pool.submit(self._load, group, rows[1, places], room, places))
-        self._open[read.lane, read.epoch, read.window] = _Window(room, parts, read.last_step)
+    def _may_read_ahead(self) -> bool:
+        return self._ahead_rows < self._ahead_limit and self._source.ready()
 
-    def _load(self, group: int, rows: np.ndarray, room: np.ndarray, places: np.ndarray) -> None:
-        stored = images(self._store.read_row_group(group, ["image"]), self._store.spec).reshape(-1, room.shape[1])
-        # In short runs, because the gathered copy then stays in the processor's cache.
-        for start in range(0, len(rows), _RUN):
-            room[places[start : start + _RUN]] = stored[rows[start : start + _RUN]]
+    def _start(self, read: WindowRead, rows: np.ndarray) -> None:
+        crops = self._free.pop() if self._free else np.empty((self._room, self._store.spec.nbytes), np.uint8)
+        drawn, parts, first = np.zeros(rows.shape[1], np.intp), [], 0
+        for group in read.row_groups:
+            draws = np.flatnonzero(rows[0] == group)
+            wanted, places = np.unique(rows[1, draws], return_inverse=True)
+            drawn[draws] = first + places
+            stored = self._source.ask(group)
+            parts.append(self._pool.submit(self._load, group, stored, wanted, crops[first : first + len(wanted)]))
+            first += len(wanted)
+        self._open[read.lane, read.epoch, read.window] = _Window(crops, drawn, parts, read.last_step)
+
+    def _load(self, group: int, ask: Callable[[], Stored], rows: np.ndarray, out: np.ndarray) -> None:
+        stored = ask()
+        try:
+            self._decode(group, stored, rows, out)
+        except DamagedError:
+            # If not in storage, then on its way here.
+            self._decode(group, Stored(self._store.stored(group)), rows, out)
+            say(f"{self._store.uri}: row group {group} was damaged after it was read; it was read again")
+
+    def _decode(self, group: int, stored: Stored, rows: np.ndarray, out: np.ndarray) -> None:
+        """Put the rows numbered `rows`, ascending, of a row group into `out`."""
+        first = at = 0
+        for crops in self._store.decoded_images(group, stored.data, stored.footer):
+            end = int(np.searchsorted(rows, first + len(crops)))
+            if end - at == len(crops):
+                out[at:end] = crops
+            elif end > at:
+                np.take(crops, rows[at:end] - first, axis=0, out=out[at:end], mode="clip")
+            first, at = first + len(crops), end

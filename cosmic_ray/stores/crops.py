@@ -20,10 +20,13 @@ from cosmic_ray.output import MANIFEST, manifest_bytes
 from cosmic_ray.stores import manifest as form
 from cosmic_ray.stores.columns import images, table_schema
 from cosmic_ray.stores.manifest import CropManifest, CropSpec, RowGroup
+from cosmic_ray.stores.pages import decoded, find_pages
 from cosmic_ray.stores.rangefile import RangeFile
 
-_FOOTERS_KEPT = 256
+FOOTERS_KEPT = 256
 _METADATA_THREADS = 16
+
+Buffer = bytes | memoryview | pa.Buffer
 
 
 class CropStore:
@@ -108,22 +111,75 @@ class CropStore:
             DataError: naming the shard, where it is missing, truncated, or its bytes do not match the manifest.
             KeyError: for a column that the store does not have.
         """
-        group = self.row_groups[index]
         wanted = self._known(columns)
         with_images = "image" in wanted
-        nbytes, digest = (group.nbytes, group.digest) if with_images else (group.meta_nbytes, group.meta_digest)
-        footer = self._footer(group)
-        data = _read(group.shard, group.offset, nbytes)
-        if xxhash.xxh3_128_hexdigest(data) != digest:
-            raise _damaged(group, "its bytes do not match the manifest's digest")
+        data = self.stored(index, with_images)
+        group, footer = self._checked(index, data, with_images)
+        return self._decoded(group, data, footer, wanted)
+
+    def stored(self, index: int, with_images: bool = True, room: memoryview | None = None) -> Buffer:
+        """The bytes of row group `index` as they lie in its shard, not checked; those of the metadata alone without
+        images.
+
+        `room`: memory that may be used for them.
+
+        Raises:
+            DataError: naming the shard, where it is missing or too short.
+        """
+        group = self.row_groups[index]
+        return _read(group.shard, group.offset, group.nbytes if with_images else group.meta_nbytes, room)
+
+    def footer_nbytes(self, index: int) -> int:
+        """Bytes of `stored_footer` of the shard that holds row group `index`."""
+        return self._shards[self.row_groups[index].shard].footer_nbytes
+
+    def stored_footer(self, shard: str) -> Buffer:
+        """The end of the shard with URI `shard`, not checked: what tells how its row groups are stored.
+
+        Raises:
+            DataError: as `stored`.
+        """
+        about = self._shards[shard]
+        return _read(shard, about.nbytes - about.footer_nbytes, about.footer_nbytes)
+
+    def decoded_images(self, index: int, data: Buffer, footer: Buffer | None = None) -> Iterator[np.ndarray]:
+        """The images of row group `index`, whose stored bytes are `data`, part by part: views, uint8 (n, image bytes).
+
+        `footer`: what `stored_footer` gives of its shard; read where it is not given and not known.
+
+        Raises:
+            DataError: naming the shard, where the bytes do not match the manifest.
+        """
+        group, known = self._checked(index, data, True, footer)
+        column = known.row_group(group.within).column(known.num_columns - 1)
+        found, nbytes = find_pages(memoryview(data), column, group.offset, self.spec.nbytes), self.spec.nbytes
+        if found is None or column.num_values != group.rows:
+            yield images(self._decoded(group, data, known, ["image"]), self.spec).reshape(group.rows, -1)
+            return
+        try:
+            yield from decoded(memoryview(data), found, column.compression, nbytes)
+        except (pa.ArrowException, OSError) as error:
+            raise _damaged(group, f"does not decode: {error}") from None
+
+    def _decoded(self, group: RowGroup, data: Buffer, footer: pq.FileMetaData, columns: list[str]) -> pa.Table:
         try:
             file = pq.ParquetFile(RangeFile(data, group.offset).arrow(), metadata=footer)
-            rows = file.read_row_group(group.within, columns=wanted, use_threads=False).select(wanted)
+            rows = file.read_row_group(group.within, columns=columns, use_threads=False).select(columns)
         except (pa.ArrowException, OSError) as error:
             raise _damaged(group, f"does not decode: {error}") from None
         if len(rows) != group.rows:
             raise _damaged(group, f"has {len(rows)} rows; the manifest says {group.rows}")
         return rows
+
+    def _checked(
+        self, index: int, data: Buffer, with_images: bool, footer: Buffer | None = None
+    ) -> tuple[RowGroup, pq.FileMetaData]:
+        """A row group and its shard's footer, once its stored bytes match its digest."""
+        group = self.row_groups[index]
+        known = self._footer(group, footer)
+        if xxhash.xxh3_128_hexdigest(data) != (group.digest if with_images else group.meta_digest):
+            raise _damaged(group, "its bytes do not match the manifest's digest")
+        return group, known
 
     def metadata(self, columns: Sequence[str], rows: np.ndarray | None = None) -> pa.Table:
         """`columns` (none of them `image`) of row numbers `rows`, in that order, or of all rows.
@@ -196,26 +252,23 @@ class CropStore:
             raise KeyError(f"{self.uri} has no column {', '.join(unknown)}; it has {', '.join(self.columns)}")
         return list(columns)
 
-    def _footer(self, group: RowGroup) -> pq.FileMetaData:
+    def _footer(self, group: RowGroup, data: Buffer | None = None) -> pq.FileMetaData:
         with self._lock:
             if group.shard in self._footers:
                 self._footers.move_to_end(group.shard)
                 return self._footers[group.shard]
-        footer = self._read_footer(group)
+        footer = self._parsed(group, self.stored_footer(group.shard) if data is None else data)
         with self._lock:
             self._footers[group.shard] = footer
-            while len(self._footers) > _FOOTERS_KEPT:
+            while len(self._footers) > FOOTERS_KEPT:
                 self._footers.popitem(last=False)
         return footer
 
-    def _read_footer(self, group: RowGroup) -> pq.FileMetaData:
-        shard = self._shards[group.shard]
-        start = shard.nbytes - shard.footer_nbytes
-        data = _read(group.shard, start, shard.footer_nbytes)
-        if xxhash.xxh3_128_hexdigest(data) != shard.footer_digest:
+    def _parsed(self, group: RowGroup, data: Buffer) -> pq.FileMetaData:
+        if xxhash.xxh3_128_hexdigest(data) != self._shards[group.shard].footer_digest:
             raise _damaged(group, "its footer does not match the manifest's digest")
         try:
-            footer = pq.read_metadata(pa.BufferReader(b"PAR1" + data))
+            footer = pq.read_metadata(pa.BufferReader(b"PAR1" + bytes(data)))
         except (pa.ArrowException, OSError) as error:
             raise _damaged(group, f"its footer does not decode: {error}") from None
         if not footer.schema.to_arrow_schema().equals(table_schema(self.manifest.extra_columns)):
@@ -227,9 +280,9 @@ class CropStore:
         return {storage.join(self.uri, form.SHARDS, shard.name): shard for shard in self.manifest.shards}
 
 
-def _read(shard: str, start: int, length: int) -> bytes:
+def _read(shard: str, start: int, length: int, room: memoryview | None = None) -> Buffer:
     try:
-        return storage.read_range(shard, start, length)
+        return storage.read_range(shard, start, length, room)
     except NotFoundError:
         problem = "this shard is missing, though the manifest names it"
         raise NotFoundError(shard, problem, "restore it or rebuild the store") from None
