@@ -7,15 +7,18 @@ from typing import Any
 
 import torch
 
+from cosmic_ray.models.img2seq import Img2SeqConfig
 from cosmic_ray.models.seq2img import Seq2ImgConfig
 from cosmic_ray.models.transcriptome import TranscriptomeSpec, build_transcriptome
 from cosmic_ray.models.unet import UNetConfig
 from cosmic_ray.models.unet_imagen import ImagenConfig
+from cosmic_ray.registry.kinds.img2seq import Img2SeqModelConfig
 from cosmic_ray.registry.kinds.seq2img import Seq2ImgModelConfig
 from cosmic_ray.registry.package import ModelConfig, write_model
 
 LATENT, SIDE = 6, 16
-LATENTS_BY = "e" * 64
+LATENTS_BY, FM = "e" * 64, "d" * 64
+TOKENS = 5
 GENES = tuple(f"ENSG{number:03}" for number in range(12))
 _TOLD = {
     "lineage": {
@@ -81,6 +84,26 @@ def export_transcriptome(folder: str, seed: int = 0, method: str = "scvi", **cha
         "batches": ["first", "second"],
     }
     return _written(folder, "transcriptome-encoder", facts, network, changes)
+
+
+def img2seq(seed: int = 0, recipe: str = "better", counts: str = "normalised") -> tuple[Img2SeqConfig, torch.nn.Module]:
+    """An untrained, calibrated img2seq of 12 genes for features of width 8."""
+    sizes = {"heads": 2, "depth": 0, "programs": 0} if recipe == "paper" else {"depth": 1, "programs": 4}
+    config = Img2SeqConfig(recipe, len(GENES), 8, counts, hidden=16, **sizes)
+    torch.manual_seed(seed)
+    network = shaken(config.build(), seed)
+    network.calibration.fit(torch.randn(50, len(GENES), generator=torch.Generator().manual_seed(seed)))
+    return config, network
+
+
+def export_img2seq(
+    folder: str, seed: int = 0, recipe: str = "better", counts: str = "normalised", **changes: Any
+) -> ModelConfig:
+    """Write the model folder of `img2seq(seed)`; `changes` as above."""
+    config, network = img2seq(seed, recipe, counts)
+    features = {"width": 8, "model": FM, "tokens": TOKENS if recipe == "paper" else None}
+    facts = Img2SeqModelConfig.facts(config, genes=list(GENES), features=features)
+    return _written(folder, "img2seq", facts, network, changes)
 
 
 def _written(

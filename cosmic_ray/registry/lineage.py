@@ -8,14 +8,23 @@ from typing import Any
 
 
 def lineage_tags(lineage: Mapping[str, Any]) -> dict[str, str]:
-    """What of a lineage becomes MLflow tags: `store_hash` for `store: {uri, content_hash}`, plain values as is."""
+    """What of a lineage becomes MLflow tags: `store_hash` for `store: {uri, content_hash}`, plain values as is.
+
+    Inputs that have a lineage themselves tell what they were made from: `latents_model_hash` is the digest of the
+    encoder that made the latents, `latents_model_split_hash` that of the split which it was fitted on.
+    """
+    found = {key: str(value) for key, value in lineage.items() if not isinstance(value, Mapping | list | None)}
+    return found | _hashes(lineage, "")
+
+
+def _hashes(lineage: Mapping[str, Any], prefix: str) -> dict[str, str]:
     found = {}
     for key, value in lineage.items():
         if isinstance(value, Mapping):
             if digest := value.get("content_hash") or value.get("digest"):
-                found[f"{key}_hash"] = str(digest)
-        elif value is not None and not isinstance(value, list):
-            found[key] = str(value)
+                found[f"{prefix}{key}_hash"] = str(digest)
+            if isinstance(value.get("lineage"), Mapping):
+                found |= _hashes(value["lineage"], f"{prefix}{key}_")
     return found
 
 

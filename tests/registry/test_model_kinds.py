@@ -15,20 +15,25 @@ import mlflow
 import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
-from tiny_models import GENES, LATENT, export_seq2img, export_transcriptome
+from tiny_models import FM, GENES, LATENT, export_img2seq, export_seq2img, export_transcriptome
 
 import cosmic_ray
 from cosmic_ray.errors import DataError
-from cosmic_ray.models import seq2img, transcriptome, unet, unet_imagen
+from cosmic_ray.models import img2seq, seq2img, transcriptome, unet, unet_imagen
 from cosmic_ray.registry import server
 from cosmic_ray.registry.card import model_card
 from cosmic_ray.registry.kinds import KINDS
+from cosmic_ray.registry.kinds.img2seq import Img2SeqFields
 from cosmic_ray.registry.kinds.seq2img import ImagenFields, Sampling, UNetFields
 from cosmic_ray.registry.kinds.transcriptome_encoder import TranscriptomeFields
 from cosmic_ray.registry.package import read_config, read_model, weights_name, write_model
 from cosmic_ray.registry.register import register_model
 
-EXPORTS: dict[str, Callable[..., Any]] = {"seq2img": export_seq2img, "transcriptome-encoder": export_transcriptome}
+EXPORTS: dict[str, Callable[..., Any]] = {
+    "seq2img": export_seq2img,
+    "transcriptome-encoder": export_transcriptome,
+    "img2seq": export_img2seq,
+}
 OTHER: list[tuple[str, dict[str, Any]]] = [
     ("seq2img", {"seed": 1}),
     ("seq2img", {"recipe": "paper"}),
@@ -41,6 +46,11 @@ OTHER: list[tuple[str, dict[str, Any]]] = [
     ("transcriptome-encoder", {"method": "pca"}),
     ("transcriptome-encoder", {"genes": GENES[1:9]}),
     ("transcriptome-encoder", {"total_genes": GENES}),
+    ("img2seq", {"seed": 1}),
+    ("img2seq", {"recipe": "paper"}),
+    ("img2seq", {"counts": "negative binomial"}),
+    ("img2seq", {"genes": GENES[::-1]}),
+    ("img2seq", {"features": {"width": 8, "model": "f" * 64, "tokens": None}}),
 ]
 
 
@@ -103,7 +113,7 @@ def test_damaged_weights_are_refused_by_name(folder, kind):
 
 
 @pytest.mark.parametrize(
-    ("kind", "change"), [pair for pair in OTHER if not {"seed", "recipe", "method"} & set(pair[1])]
+    ("kind", "change"), [pair for pair in OTHER if not {"seed", "recipe", "method", "counts"} & set(pair[1])]
 )
 def test_a_changed_config_is_refused(tmp_path, kind, change):
     EXPORTS[kind](str(tmp_path))
@@ -129,6 +139,11 @@ def test_a_changed_config_is_refused(tmp_path, kind, change):
         ("transcriptome-encoder", {"network": {"method": "eval"}}, "network.method"),
         ("transcriptome-encoder", {"network": {"layers": 10**6}}, "network.layers"),
         ("transcriptome-encoder", {"network": {"target_total": 0}}, "network.target_total"),
+        ("img2seq", {"network": {"recipe": "paper"}}, "recipe 'paper', and it alone, takes tokens"),
+        ("img2seq", {"network": {"hidden": 10**9}}, "network.hidden"),
+        ("img2seq", {"network": {"genes": 11}}, "network tells 11 genes; 12 are named"),
+        ("img2seq", {"genes": ["A"] * 12}, "11 genes stand twice"),
+        ("img2seq", {"features": {"width": 9, "model": FM}}, "network takes features of 8, not 9"),
     ],
 )
 def test_a_config_says_known_networks_and_typed_settings_only(tmp_path, kind, change, says):
@@ -152,6 +167,7 @@ def test_a_network_larger_than_its_weights_is_refused_before_it_is_made(tmp_path
         (UNetFields, unet.UNetConfig),
         (ImagenFields, unet_imagen.ImagenConfig),
         (TranscriptomeFields, transcriptome.TranscriptomeSpec),
+        (Img2SeqFields, img2seq.Img2SeqConfig),
     ],
 )
 def test_a_section_says_all_that_its_network_takes(fields, network):

@@ -25,14 +25,31 @@ class VectorSpec(Config):
     model: str | None
     """Digest of the model that made those that it was trained on; null where none of ours did (a ready embedding)."""
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of what one cell has."""
+        return (self.width,)
+
+
+class FeatureSpec(VectorSpec):
+    """The features of the morphology FM that a model takes."""
+
+    tokens: int | None = Field(ge=1, le=2**16)
+    """T, where it takes the tokens that enter the FM's last block; null where it takes embeddings."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(D,), or (T, D) for tokens."""
+        return (self.width,) if self.tokens is None else (self.tokens, self.width)
+
 
 def checked_vectors(
     given: np.ndarray | Embeddings, spec: VectorSpec, what: str, taker: str, made_by: Model | None = None
 ) -> np.ndarray:
-    """float32 (N, D) of what a user gave.
+    """float32 (N, *spec.shape) of what a user gave; float16 stays that.
 
     Args:
-        given: published `Embeddings`, which say what made them; or floating (N, D), of which nothing but the width can
+        given: published `Embeddings`, which say what made them; or a floating array, of which nothing but the shape can
             be checked unless `made_by` says it.
         spec: those that the model takes.
         what: they are: latents, features.
@@ -41,7 +58,7 @@ def checked_vectors(
 
     Raises:
         TypeError: where they are not floating.
-        ValueError: for another width, or values that are not finite.
+        ValueError: for another shape, or values that are not finite.
         DataError: where they are of another model than the model was trained with.
     """
     import numpy as np
@@ -56,10 +73,11 @@ def checked_vectors(
     vectors = np.asarray(given)
     if not np.issubdtype(vectors.dtype, np.floating):
         raise TypeError(f"{what} must be floating, not {vectors.dtype}")
-    if vectors.ndim != 2 or vectors.shape[1] != spec.width:
-        raise ValueError(f"{what} are {vectors.shape}; {taker} takes (N, {spec.width})")
-    vectors = vectors.astype(np.float32)
-    finite = np.isfinite(vectors).all(axis=1)
+    if vectors.ndim < 2 or vectors.shape[1:] != spec.shape:
+        raise ValueError(f"{what} are {vectors.shape}; {taker} takes (N, {', '.join(map(str, spec.shape))})")
+    if vectors.dtype.itemsize > 4:
+        vectors = vectors.astype(np.float32)
+    finite = np.isfinite(vectors).reshape(len(vectors), -1).all(axis=1) if len(vectors) else np.ones(0, bool)
     if not finite.all():
         raise ValueError(f"{what} of row {int(np.argmin(finite))} are not finite in float32")
     return vectors

@@ -253,7 +253,7 @@ class Seq2Img(Model[Seq2ImgModelConfig]):
         for start in range(0, len(vectors), checked_count("batch_size", batch_size)):
             part = slice(start, start + batch_size)
             start_at = None if crops is None else torch.from_numpy(np.array(crops[part]))
-            conditions = torch.from_numpy(vectors[part])
+            conditions = torch.from_numpy(vectors[part]).float()
             found[part] = self._batch(conditions, keys[part], start_at, strength, seed, settings, precision)
         return found
 
