@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 PALETTE = ("#2a6fbb", "#d1663c", "#3a9a78", "#8a5fb0", "#c2a133", "#c0507f", "#5a7684", "#7f8f2f", "#46a5b8", "#a0522d")
 _INK, _FAINT = "#22303c", "#d9dfe4"
+_CAPTION = 14
 
 
 def png_uri(data: bytes) -> str:
@@ -85,6 +86,95 @@ def scatter(points: np.ndarray, values: np.ndarray, title: str) -> str:
     axes.set_xticks([])
     axes.set_yticks([])
     return _png(figure)
+
+
+def histogram(series: Mapping[str, np.ndarray], title: str, limits: tuple[float, float] = (-1.0, 1.0)) -> str:
+    """Outlined histograms over one another, as shares; NaN is left out.
+
+    Args:
+        series: name -> values (N,).
+        title: what the horizontal axis shows.
+        limits: of the horizontal axis.
+    """
+    figure, axes = _figure(4.4, 2.7)
+    edges = np.linspace(*limits, 51)
+    for number, (name, values) in enumerate(series.items()):
+        known = np.clip(values[np.isfinite(values)], *limits)
+        weights = np.full(len(known), 1 / max(len(known), 1))
+        colour = PALETTE[number % 10]
+        axes.hist(known, edges, weights=weights, histtype="stepfilled", color=colour, alpha=0.18, linewidth=0)
+        axes.hist(known, edges, weights=weights, histtype="step", color=colour, label=f"{name} ({len(known):,})")
+    axes.axvline(0, color=_INK, linewidth=0.6)
+    axes.set_title(title, fontsize=9, loc="left", color=_INK)
+    axes.set_ylabel("share of genes", fontsize=8)
+    axes.legend(fontsize=7, frameon=False)
+    return _svg(figure)
+
+
+def bands(
+    x: Sequence[float], lines: Mapping[str, Sequence[tuple[float, float | None, float | None]]], title: str, label: str
+) -> str:
+    """Lines with intervals over a number, and chance (0.5) as a thin line.
+
+    Args:
+        x: the number, ascending.
+        lines: name -> (value, low, high) at each x; no interval where they are None.
+        title: what the vertical axis shows.
+        label: what the horizontal axis shows.
+    """
+    figure, axes = _figure(4.4, 2.7)
+    for number, (name, points) in enumerate(lines.items()):
+        values = [point[0] for point in points]
+        below, above = (
+            [abs(v - (v if p[k] is None else p[k])) for v, p in zip(values, points, strict=True)] for k in (1, 2)
+        )
+        axes.errorbar(
+            x,
+            values,
+            [below, above],
+            label=name,
+            color=PALETTE[number % 10],
+            linewidth=1.4,
+            marker="o",
+            markersize=4,
+            capsize=3,
+        )
+    axes.axhline(0.5, color=_INK, linewidth=0.6, linestyle=":")
+    axes.set_ylim(min(0.3, axes.get_ylim()[0]), 1.03)
+    axes.set_title(title, fontsize=9, loc="left", color=_INK)
+    axes.set_xlabel(label, fontsize=8)
+    axes.legend(fontsize=7, frameon=False)
+    return _svg(figure)
+
+
+def paired_montage(groups: Mapping[str, tuple[np.ndarray, np.ndarray]], top: float, words: tuple[str, str]) -> bytes:
+    """A PNG: for each group a line of real crops, and below each the generated one of the same cell.
+
+    Args:
+        groups: name -> real and generated crops, uint8 (n, C, H, W) each; several channels are averaged.
+        top: the stored value shown as full brightness.
+        words: what the upper and the lower line are.
+    """
+    from PIL import Image, ImageDraw
+
+    first = next(iter(groups.values()))[0]
+    side_y, side_x = first.shape[2] + 2, first.shape[3] + 2
+    across = max(len(real) for real, _ in groups.values())
+    canvas = np.zeros((len(groups) * (2 * side_y + _CAPTION), max(across * side_x, 240)), np.uint8)
+    for line, pair in enumerate(groups.values()):
+        for below, crops in enumerate(pair):
+            y = line * (2 * side_y + _CAPTION) + _CAPTION + below * side_y
+            for column, crop in enumerate(crops):
+                pixels = np.clip(crop.mean(0) * (255 / top), 0, 255)
+                canvas[y : y + side_y - 2, column * side_x : (column + 1) * side_x - 2] = pixels
+    picture = Image.fromarray(canvas)
+    draw = ImageDraw.Draw(picture)
+    for line, name in enumerate(groups):
+        text = f"{name}: {words[0]} above, {words[1]} below"
+        draw.text((2, line * (2 * side_y + _CAPTION) + 1), text, fill=255)
+    with io.BytesIO() as data:
+        picture.save(data, "PNG")
+        return data.getvalue()
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Any]:

@@ -36,15 +36,33 @@ class Report(Job):
     embeddings: Uri | None = None
     """URI of the embeddings of these crops."""
 
+    runs: dict[str, Uri] = {}
+    """Name -> URI of further training runs: their curves and pictures."""
+
+    evaluations: dict[str, Uri] = {}
+    """Name -> URI of an evaluation of generated cells: generated beside real nuclei, metrics, genes, planted truth."""
+
+    comparisons: dict[str, Uri] = {}
+    """Name -> URI of a comparison of arms: its figures and verdicts."""
+
     seed: int = 0
     """Decides which crops are drawn where not all are."""
 
     def check(self) -> None:
         """Check that every input is published."""
-        for key in ("crops", "split", "training", "embeddings"):
-            uri = getattr(self, key)
-            if uri is not None and not storage.exists(storage.join(uri, MANIFEST)):
+        for key, uri in self._inputs().items():
+            if not storage.exists(storage.join(uri, MANIFEST)):
                 raise JobError(key, uri, "nothing is published there", "run the job that makes it first")
+
+    def _inputs(self) -> dict[str, str]:
+        """Key -> URI of everything that is given."""
+        plain = {key: getattr(self, key) for key in ("crops", "split", "training", "embeddings")}
+        named = {
+            f"{key}.{name}": uri
+            for key in ("runs", "evaluations", "comparisons")
+            for name, uri in getattr(self, key).items()
+        }
+        return {key: uri for key, uri in {**plain, **named}.items() if uri is not None}
 
     def run(self) -> dict[str, Any]:
         """Write the page.
@@ -59,7 +77,7 @@ class Report(Job):
         return {"report": output.at(HTML), "summary": output.at(SUMMARY), **summary}
 
     def _write(self, output: Any) -> None:
-        from cosmic_ray.evaluation import sections
+        from cosmic_ray.evaluation import sections, sections_generated
         from cosmic_ray.evaluation.page import Page
         from cosmic_ray.stores.crops import CropStore
         from cosmic_ray.stores.split import Split
@@ -71,19 +89,23 @@ class Report(Job):
             parts.append(sections.training(self.training))
         if self.embeddings is not None:
             parts.append(sections.embedding(self.embeddings, store, split, self.seed))
-        inputs = {key: uri for key in ("crops", "split", "training", "embeddings") if (uri := getattr(self, key))}
+        parts += [sections.training(uri, name) for name, uri in self.runs.items()]
+        parts += [sections_generated.evaluation(name, uri, self.seed) for name, uri in self.evaluations.items()]
+        parts += [sections_generated.comparison(name, uri) for name, uri in self.comparisons.items()]
+        inputs = self._inputs()
         manifests = {key: read_manifest(uri) for key, uri in inputs.items()}
-        summary = {"simulated": store.simulated} | {key: value for part in parts for key, value in part.facts.items()}
+        simulated = store.simulated or any(manifest.get("simulated", False) for manifest in manifests.values())
+        summary = {"simulated": simulated} | {key: value for part in parts for key, value in part.facts.items()}
         shape, channels = "x".join(map(str, store.spec.shape)), ", ".join(store.spec.channels)
         page = Page(
             title=self.title,
             subtitle=f"{len(store):,} crops of {shape} ({channels})",
-            simulated=store.simulated,
+            simulated=simulated,
             tiles=[tile for part in parts for tile in part.tiles],
             sections=[section for part in parts for section in part.sections] + [sections.origin(inputs, manifests)],
         )
         output.write(HTML, page.html().encode())
         output.write(SUMMARY, encode(summary))
         lineage = {uri: manifests[key].get("content_hash", "") for key, uri in inputs.items()}
-        output.publish({"format": "cosmic-ray/report", "version": 1, "simulated": store.simulated,
+        output.publish({"format": "cosmic-ray/report", "version": 1, "simulated": simulated,
                         "job": self.resolved(), "lineage": lineage})  # fmt: skip

@@ -23,6 +23,14 @@ from cosmic_ray.stores.split import PARTS, Split
 _SAMPLE, _FITTED, _MAPPED = 50_000, 20_000, 4000
 """The most crops whose embedding is read; of those the most that a linear model is fitted on, and that a map shows."""
 _FEWEST_FOR_UMAP = 50
+_PICTURES = {
+    "reconstructions.png": (
+        "Reconstructions",
+        "Held-out crops: the crop, what the encoder saw of it, and what the decoder made of that.",
+    ),
+    "generated.png": ("Drawn from expression", "What the trained model draws for held-out cells."),
+}
+"""What a training run may leave."""
 _CLASSES = 12
 
 
@@ -79,8 +87,8 @@ def crops(store: CropStore, split: Split) -> Part:
     return Part([went_in, look, spread], [tile for tile in tiles if tile[0] is not None], facts)
 
 
-def training(uri: str) -> Part:
-    """Curves, reconstructions, throughput of a training run."""
+def training(uri: str, name: str = "") -> Part:
+    """Curves, picture, throughput of a training run; `name` tells it from others."""
     manifest = read_manifest(uri)
     lines = [json.loads(line) for line in storage.read_bytes(storage.join(uri, "metrics.jsonl")).splitlines() if line]
     curve = {name: _curve(lines, name) for name in sorted({key for line in lines for key in line} - {"step", "time"})}
@@ -89,7 +97,7 @@ def training(uri: str) -> Part:
         return {name: curve[name] for name in names if name in curve and curve[name][0]}
 
     drawn = Section(
-        "Training",
+        f"Training: {name}" if name else "Training",
         figures=[
             figures.curves(chosen("train/loss", "val/loss"), "loss", log=True),
             figures.curves(chosen("train/lr"), "learning rate"),
@@ -99,12 +107,12 @@ def training(uri: str) -> Part:
         ],
     )
     sections = [drawn]
-    try:
-        picture = storage.read_bytes(storage.join(uri, "reconstructions.png"))
-        words = "Held-out crops: the crop, what the encoder saw of it, and what the decoder made of that."
-        sections.append(Section("Reconstructions", wide=[_pixels(picture, words)]))
-    except NotFoundError:
-        pass
+    for file, (title, words) in _PICTURES.items():
+        try:
+            picture = storage.read_bytes(storage.join(uri, file))
+        except NotFoundError:
+            continue
+        sections.append(Section(f"{title}: {name}" if name else title, wide=[_pixels(picture, words)]))
     facts = {
         "steps": max((line["step"] for line in lines), default=0),
         "train_loss": _last(curve, "train/loss"),
@@ -122,7 +130,7 @@ def training(uri: str) -> Part:
             "time waiting for data (median)",
         ),
     ]
-    return Part(sections, tiles, {"training": facts})
+    return Part(sections, [] if name else tiles, {f"training: {name}" if name else "training": facts})
 
 
 def embedding(uri: str, store: CropStore, split: Split, seed: int) -> Part:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sklearn.neighbors import NearestNeighbors
 
 from cosmic_ray.evaluation.metrics import arrays
-from cosmic_ray.evaluation.metrics.neighbours import coverage, knn_accuracy
+from cosmic_ray.evaluation.metrics.neighbours import coverage, knn_accuracy, nearest_distances
 
 
 def gaussian(seed: int, count: int, width: int, shift: float = 0.0) -> np.ndarray:
@@ -129,3 +129,12 @@ def test_knn_accuracy_refuses():
         knn_accuracy(np.zeros((5, 2)), np.zeros((50, 2)))
     with pytest.raises(ValueError, match="share"):
         knn_accuracy(np.zeros((5, 2)), np.zeros((5, 2)), share=1.0)
+
+
+def test_nearest_distances_are_those_of_scipy():
+    from scipy.spatial.distance import cdist
+
+    random = np.random.default_rng(4)
+    points, others = random.normal(size=(30, 5)) + 1000, random.normal(size=(40, 5)) + 1000
+    np.testing.assert_allclose(nearest_distances(points, others), cdist(points, others).min(1), rtol=1e-9)
+    assert nearest_distances(others[:3], others).max() < 1e-6
