@@ -1,6 +1,6 @@
 """Embeddings format, version 1: one vector, or the tokens of one, for every row of a crop store or a cell store.
 
-    <out>/part-00000.parquet    `crop_id` (of a cell store `cell_id`), `embedding` or `tokens`, `split` where there is one
+    <out>/part-00000.parquet    `crop_id` (`cell_id` of a cell store), `embedding` or `tokens`, `split` where given
     <out>/manifest.json         rows, width, what they were made of and by; written last
 
 Parts are consecutive rows in store order. An embedding is D float32. Tokens are float16 (T, D), row by row: 2 * T * D
@@ -78,7 +78,8 @@ class Embeddings:
 
     @property
     def lineage(self) -> dict[str, Any]:
-        """`store` {uri, content_hash}, `model` {uri, content_hash (the model's digest), lineage}, `split` where given."""
+        """`store` {uri, content_hash}, `model` {uri, content_hash (the model's digest), lineage}, or null where none of
+        ours made them, `split` where given."""
         return self.manifest["lineage"]
 
     def require(self, store: CropStore | CellStore) -> None:
@@ -93,8 +94,8 @@ class Embeddings:
             raise DataError(storage.join(self.uri, MANIFEST), problem, "make them of this one")
 
     def parts(self) -> Iterator[pa.Table]:
-        """Tables of `crop_id` or `cell_id`, `embedding` (D float32) or `tokens` (T * D float16), and `split` where there
-        is one.
+        """Tables of `crop_id` or `cell_id`, `embedding` (D float32) or `tokens` (T * D float16), and `split` where it
+        was given.
 
         Raises:
             DataError: naming the part that is missing or damaged.
