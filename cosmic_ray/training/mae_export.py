@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING, Any
 
-from cosmic_ray.registry.card import encoder_card
+from cosmic_ray.registry.card import model_card
 from cosmic_ray.registry.package import ModelConfig, write_model
 from cosmic_ray.training.beginning import exported_weights
 
@@ -35,7 +35,8 @@ def export_model(
 
     kwargs, weights = export_encoder(model)
     job, size = stage.job, stage.model.encoder
-    card = encoder_card(
+    card = model_card(
+        "encoder",
         (job.tracking.register_as if job.tracking else None) or "morphology-fm",
         recipe=job.recipe,
         facts={
@@ -53,12 +54,16 @@ def export_model(
     )
     return write_model(
         uri,
-        kwargs,
+        "encoder",
+        {
+            "network": kwargs,
+            "input": stage.store.spec,
+            "preprocessing": {"recipe": job.recipe, "size": size.img_size},
+            "embedding_width": size.embed_dim,
+        },
         weights,
-        stage.store.spec,
-        {"recipe": job.recipe, "size": size.img_size},
-        lineage,
-        card,
+        lineage=lineage,
+        card=card,
         simulated=stage.store.simulated,
     )
 
