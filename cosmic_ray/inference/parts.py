@@ -1,35 +1,39 @@
 """Parts of an embedding: consecutive rows of a store, embedded by one worker and written whole.
 
-<out>/part-00000.parquet    crop_id, embedding (D float32), and split where there is one; rows in store order
+<out>/part-00000.parquet    see `stores.embeddings`
 <out>/part-00000.json       rows, sha256 of the file and of its content; written after it: without it, no part
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from cosmic_ray import storage
 from cosmic_ray.errors import DataError
 from cosmic_ray.inference.actors import PartsActor
 from cosmic_ray.output import encode
+from cosmic_ray.stores.cells import CellStore, open_store
 from cosmic_ray.stores.columns import images
 from cosmic_ray.stores.crops import CropStore
-from cosmic_ray.stores.split import PARTS, Split
+from cosmic_ray.stores.embeddings import id_column, write_part
+from cosmic_ray.stores.split import Split
 
 if TYPE_CHECKING:
-    from cosmic_ray.registry.kinds.encoder import Encoder
+    from scipy.sparse import csr_matrix
+
+    from cosmic_ray.inference.tokens import TokenEncoder
+    from cosmic_ray.registry.kinds.transcriptome_encoder import TranscriptomeEncoder
     from cosmic_ray.registry.model import Precision
+
+    Rows = np.ndarray | csr_matrix
+    Reader = Callable[[int], tuple[pa.ChunkedArray, Rows]]
 
 _AHEAD = 2
 """Row groups that a worker reads ahead."""
@@ -52,6 +56,7 @@ class Work:
     precision: Precision
     device: str | None
     """None: an accelerator."""
+    output: Literal["embedding", "tokens"] = "embedding"
 
 
 class EmbedParts(PartsActor[Work]):
@@ -59,21 +64,29 @@ class EmbedParts(PartsActor[Work]):
 
     def open(self) -> None:
         """The model, the store, the split."""
-        from cosmic_ray.registry.kinds.encoder import Encoder
+        from cosmic_ray.inference.tokens import TokenEncoder
+        from cosmic_ray.registry.kinds.transcriptome_encoder import TranscriptomeEncoder
         from cosmic_ray.registry.package import read_model
 
         work = self.work
-        stored, self._store = read_model(work.model), CropStore.open(work.store)
+        stored, self._store = read_model(work.model), open_store(work.store)
         if stored.config.digest != work.digest:
             raise DataError(work.model, "the model was replaced while it was in use", "choose another out")
-        self._model, self._codes = Encoder(stored, work.device), split_codes(work.split, self._store)
+        kind = TranscriptomeEncoder if stored.config.kind == "transcriptome-encoder" else TokenEncoder
+        self._model, self._codes = kind(stored, work.device), split_codes(work.split, self._store)
 
     def make(self, part: int) -> dict[str, Any]:
         """See `embed_part`."""
         return embed_part(self.work, part, self._model, self._store, self._codes)
 
 
-def embed_part(work: Work, part: int, model: Encoder, store: CropStore, codes: np.ndarray | None) -> dict[str, Any]:
+def embed_part(
+    work: Work,
+    part: int,
+    model: TokenEncoder | TranscriptomeEncoder,
+    store: CropStore | CellStore,
+    codes: np.ndarray | None,
+) -> dict[str, Any]:
     """Embed and write one part.
 
     Batches begin at multiples of `batch_size` in the store, so that the numbers are those of embedding the whole store
@@ -81,30 +94,32 @@ def embed_part(work: Work, part: int, model: Encoder, store: CropStore, codes: n
 
     Returns:
         Its sidecar's facts, with `seconds` and `read_wait_s` beside them.
+
+    Raises:
+        DataError: where the store is damaged, or what the model makes of it is not finite.
     """
     started = time.monotonic()
-    first = part * work.rows
-    last = min(first + work.rows, len(store))
-    embeddings = np.empty((last - first, model.config.embedding_width), np.float32)
+    first, last = part * work.rows, min((part + 1) * work.rows, len(store))
+    read, embed = _ways(work, model, store)
     ids: list[pa.ChunkedArray] = []
-    waited, done, held = 0.0, 0, np.empty((0, *store.spec.shape), np.uint8)
-    for table, wait_s in _rows(store, first, last):
+    made: list[np.ndarray] = []
+    waited, done, held = 0.0, 0, None
+    for some_ids, rows, wait_s in _rows(store, read, first, last):
         waited += wait_s
-        ids.append(table["crop_id"])
-        held = np.concatenate([held, images(table, store.spec)])
-        ready = len(held) if done + len(held) == last - first else len(held) // work.batch_size * work.batch_size
-        embeddings[done : done + ready] = model.embed(
-            held[:ready], batch_size=work.batch_size, precision=work.precision
-        )
+        ids.append(some_ids)
+        held = rows if held is None else _joined(held, rows)
+        count = held.shape[0]
+        ready = count if done + count == last - first else count // work.batch_size * work.batch_size
+        try:
+            made.append(embed(held[:ready]))
+        except ValueError as error:
+            raise DataError(store.uri, f"near row {first + done}: {error}") from None
         done, held = done + ready, held[ready:]
-    crop_ids = pa.chunked_array([chunk for column in ids for chunk in column.chunks], pa.string()).combine_chunks()
-    facts = _write(work, part, crop_ids, embeddings, None if codes is None else codes[first:last])
+    row_ids = pa.chunked_array([chunk for column in ids for chunk in column.chunks], pa.string()).combine_chunks()
+    of_rows = None if codes is None else codes[first:last]
+    facts = write_part(work.out, part, id_column(store), row_ids, np.concatenate(made), of_rows)
+    storage.write_bytes(sidecar_uri(work.out, part), encode(facts))
     return {**facts, "seconds": time.monotonic() - started, "read_wait_s": waited}
-
-
-def part_uri(out: str, part: int) -> str:
-    """URI of a part's Parquet file."""
-    return storage.join(out, f"part-{part:05}.parquet")
 
 
 def sidecar_uri(out: str, part: int) -> str:
@@ -112,71 +127,56 @@ def sidecar_uri(out: str, part: int) -> str:
     return storage.join(out, f"part-{part:05}.json")
 
 
-def read_part(out: str, facts: dict[str, Any]) -> pa.Table:
-    """One part, its bytes checked.
-
-    Raises:
-        DataError: where it is missing or not what its sidecar says.
-    """
-    uri = part_uri(out, facts["part"])
-    data = storage.read_bytes(uri)
-    if hashlib.sha256(data).hexdigest() != facts["sha256"]:
-        raise DataError(uri, "its bytes do not match its sha256", "delete it with its .json and run the job again")
-    return pq.read_table(pa.BufferReader(data))
-
-
-def matrix(column: pa.ChunkedArray) -> np.ndarray:
-    """The `embedding` column as float32 (N, D)."""
-    width = column.type.list_size
-    return np.concatenate([chunk.flatten().to_numpy().reshape(-1, width) for chunk in column.chunks])
-
-
-def split_codes(uri: str | None, store: CropStore) -> np.ndarray | None:
+def split_codes(uri: str | None, store: CropStore | CellStore) -> np.ndarray | None:
     """uint8 (N,), an index of `stores.split.PARTS` for each row of the store; None without a split."""
     if uri is None:
         return None
     return Split.open(uri, store).codes
 
 
-def _rows(store: CropStore, first: int, last: int) -> Iterator[tuple[pa.Table, float]]:
+def _ways(
+    work: Work, model: TokenEncoder | TranscriptomeEncoder, store: CropStore | CellStore
+) -> tuple[Reader, Callable[[Rows], np.ndarray]]:
+    """How a row group is read: ids, and images or counts; and how these are embedded."""
+    name = id_column(store)
+    if model.config.kind == "transcriptome-encoder":
+        genes, ids = store.genes["gene_id"].to_pylist(), store.obs([name])[name]
+        starts = store.group_starts
+
+        def counts(group: int) -> tuple[pa.ChunkedArray, csr_matrix]:
+            return ids.slice(int(starts[group]), int(starts[group + 1] - starts[group])), store.read_counts(group)
+
+        return counts, lambda rows: model.embed(rows, genes, batch_size=work.batch_size)
+
+    def crops(group: int) -> tuple[pa.ChunkedArray, np.ndarray]:
+        table = store.read_row_group(group, [name, "image"])
+        return table[name], images(table, store.spec)
+
+    embed = model.tokens if work.output == "tokens" else model.embed
+    return crops, lambda rows: embed(rows, batch_size=work.batch_size, precision=work.precision)
+
+
+def _rows(
+    store: CropStore | CellStore, read: Reader, first: int, last: int
+) -> Iterator[tuple[pa.ChunkedArray, Rows, float]]:
     """Rows first..last-1 by row group, read ahead in a thread; with the seconds that each was waited for."""
     starts = store.group_starts
     groups = range(int(np.searchsorted(starts, first, "right")) - 1, int(np.searchsorted(starts, last, "left")))
     with ThreadPoolExecutor(1) as pool:
-        coming: list[Future[pa.Table]] = []
+        coming: list[Future[tuple[pa.ChunkedArray, Rows]]] = []
         for position, group in enumerate(groups):
             for ahead in groups[position + len(coming) : position + 1 + _AHEAD]:
-                coming.append(pool.submit(store.read_row_group, ahead, ["crop_id", "image"]))
+                coming.append(pool.submit(read, ahead))
             asked = time.monotonic()
-            table = coming.pop(0).result()
+            ids, rows = coming.pop(0).result()
             wait_s = time.monotonic() - asked
-            begin = max(first - int(starts[group]), 0)
-            yield table.slice(begin, min(last - int(starts[group]), len(table)) - begin), wait_s
+            begin, end = (min(max(row - int(starts[group]), 0), len(ids)) for row in (first, last))
+            yield ids.slice(begin, end - begin), rows[begin:end], wait_s
 
 
-def _write(
-    work: Work, part: int, crop_ids: pa.Array, embeddings: np.ndarray, codes: np.ndarray | None
-) -> dict[str, Any]:
-    column = pa.FixedSizeListArray.from_arrays(pa.array(embeddings.ravel()), embeddings.shape[1])
-    table = pa.table({"crop_id": crop_ids, "embedding": column})
-    if codes is not None:
-        table = table.append_column("split", pa.DictionaryArray.from_arrays(pa.array(codes), list(PARTS)))
-    sink = io.BytesIO()
-    pq.write_table(table, sink, compression="none", use_dictionary=["split"])
-    data = sink.getbuffer()
-    storage.write_bytes(part_uri(work.out, part), data)
-    facts = {
-        "part": part,
-        "rows": len(table),
-        "sha256": hashlib.sha256(data).hexdigest(),
-        "content": _content(crop_ids, embeddings),
-    }
-    storage.write_bytes(sidecar_uri(work.out, part), encode(facts))
-    return facts
+def _joined(before: Rows, after: Rows) -> Rows:
+    if isinstance(before, np.ndarray):
+        return np.concatenate([before, after])
+    from scipy.sparse import vstack
 
-
-def _content(crop_ids: pa.Array, embeddings: np.ndarray) -> str:
-    """sha256 of crop ids and embeddings, whatever the file format."""
-    total = hashlib.sha256(json.dumps(crop_ids.to_pylist()).encode())
-    total.update(np.ascontiguousarray(embeddings, "<f4"))
-    return total.hexdigest()
+    return vstack([before, after], format="csr")
