@@ -31,6 +31,7 @@ def main() -> None:
     """Run the job, and say how it ended."""
     folder = Path(sys.argv[1])
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # Ray's workers block it, and what they start inherits
     threading.Thread(target=_stop_at_end_of_input, daemon=True).start()
     try:
         _run(json.loads((folder / JOB).read_text()))

@@ -7,6 +7,7 @@ ASHA is told it again, the sampler gets it with every proposal, and an interrupt
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -49,6 +50,8 @@ _ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
 }
 _NODE_LOSSES = 3
+# What they miss are files of Ray Tune's that nobody reads.
+_NOISY = ("ray.tune.analysis.experiment_analysis",)
 _FAR = 10**12
 """Steps that no training has: its own last one is where a trial ends."""
 
@@ -76,6 +79,8 @@ def _search(job: Tune, output: Output, tracking: Tracked) -> None:
         return
     _require_room(job, cluster.connect())
     cluster.require_seen_everywhere({"out": output.at("job.json")})
+    for name in _NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     folder = tempfile.mkdtemp(prefix="cosmic-ray-tune-")
     with _environment(), _stop_on_signal() as stop, progress("tune", job.trials, "trials") as shown:
         bell = Bell.remote()
@@ -94,6 +99,7 @@ def _search(job: Tune, output: Output, tracking: Tracked) -> None:
                 callbacks=[follower],
                 max_failures=_NODE_LOSSES,
                 raise_on_failed_trial=False,
+                trial_dirname_creator=lambda trial: f"{trial.config['number']:04}",
             )
         finally:
             ray.kill(bell)
