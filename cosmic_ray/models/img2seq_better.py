@@ -76,6 +76,8 @@ class ResidualImg2Seq(nn.Module):
             "loadings": torch.zeros(genes, programs),
             "program_scale": torch.ones(programs),
             "program_spread": torch.ones(programs),
+            "cloud_variance": torch.zeros(genes),
+            "cloud_weight": torch.ones(()),
             "noise_quantiles": torch.zeros(NOISE_QUANTILES, genes),
             "noise_spread": torch.zeros(genes),
         }.items():
@@ -127,6 +129,7 @@ class ResidualImg2Seq(nn.Module):
         """See `Img2SeqNetwork`."""
         expected = observed["cloud"].square().mean((0, 1))
         self.program_spread.copy_((observed["programs"].square().mean(0) / expected.clamp(min=1e-12)).sqrt())
+        self._calibrate_cloud(self._cloud_variance(observed["cloud"]))
         left = observed["left"]
         self.noise_spread.copy_(left.var(0, unbiased=False).sqrt())
         at = (torch.arange(NOISE_QUANTILES, dtype=left.dtype, device=left.device) + 0.5) / NOISE_QUANTILES
@@ -141,34 +144,49 @@ class ResidualImg2Seq(nn.Module):
 
     def spread(self, observed: dict[str, torch.Tensor]) -> torch.Tensor:
         """See `Img2SeqNetwork`."""
-        cloud = observed["cloud"] * self.program_spread
-        varies = torch.stack([self._genes(one - one.mean(0)).square().sum(0) for one in cloud]) / (cloud.shape[1] - 1)
-        return (varies * self.gene_scale.square() + self.noise_spread.square()).sqrt().clamp(min=1e-6)
+        variance = torch.lerp(self.cloud_variance, self._cloud_variance(observed["cloud"]), self.cloud_weight)
+        return (variance + self.noise_spread.square()).sqrt().clamp(min=1e-6)
+
+    def _cloud_variance(self, cloud: torch.Tensor) -> torch.Tensor:
+        """The variance that the programs' samples (N, S, K) give each gene, in log1p: (N, G)."""
+        cloud = (cloud - cloud.mean(1, keepdim=True)) * self.program_spread
+        varies = torch.stack([self._genes(one).square().sum(0) for one in cloud]) / (cloud.shape[1] - 1)
+        return varies * self.gene_scale.square()
+
+    def _calibrate_cloud(self, variance: torch.Tensor) -> None:
+        """Few samples tell a cell's variance roughly: each is drawn to the mean over cells, as far as the differences
+        between cells are no more than that roughness (empirical Bayes; Var of a variance of S is 2 v**2 / (S - 1))."""
+        self.cloud_variance.copy_(variance.mean(0))
+        apart = variance.var(0, unbiased=False).sum()
+        rough = (2 * variance.square() / (SPREAD_SAMPLES + 1)).mean(0).sum()
+        self.cloud_weight.copy_((1 - rough / apart.clamp(min=1e-30)).clamp(min=0))
 
     def _seen(self, features: torch.Tensor, draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
         """The regression's z (N, G), and SPREAD_SAMPLES samples of the programs (N, S, K), as they come."""
         features = self.feature_scale(features)
-        cloud = [self._draw(features, draws, f"spread {index}") for index in range(SPREAD_SAMPLES)]
-        return self.base(features), torch.stack(cloud, 1)
+        return self.base(features), self._draw(features, draws, [f"spread {index}" for index in range(SPREAD_SAMPLES)])
 
     def _sample(self, features: torch.Tensor, z: torch.Tensor, draws: Draws) -> torch.Tensor:
-        programs = self._draw(self.feature_scale(features), draws, "programs") * self.program_spread
+        programs = self._draw(self.feature_scale(features), draws, ["programs"])[:, 0] * self.program_spread
         uniform = torch.special.ndtr(draws.normal("gene noise", self.config.genes).to(z))
         at = (uniform * NOISE_QUANTILES - 0.5).clamp(0, NOISE_QUANTILES - 1)
         below = at.floor().long().clamp(max=NOISE_QUANTILES - 2)
         low, high = (self.noise_quantiles.gather(0, below + more) for more in (0, 1))
         return (self._values(z + self._genes(programs), at_least=None) + torch.lerp(low, high, at - below)).clamp(min=0)
 
-    def _draw(self, features: torch.Tensor, draws: Draws, purpose: str) -> torch.Tensor:
-        """One sample of the programs (N, K), by UniPC in STEPS steps."""
+    def _draw(self, features: torch.Tensor, draws: Draws, purposes: Sequence[str]) -> torch.Tensor:
+        """For each purpose a sample of the programs (N, S, K), by UniPC in STEPS steps."""
 
         def network(x: torch.Tensor, logsnr: torch.Tensor, condition: torch.Tensor, drop: torch.Tensor) -> torch.Tensor:
             return self.denoiser(x, logsnr, condition)
 
         def noise(step: int) -> torch.Tensor:
-            return draws.normal(purpose, self.config.programs).to(features)
+            drawn = [draws.normal(purpose, self.config.programs).to(features) for purpose in purposes]
+            return torch.stack(drawn, 1).flatten(0, 1)
 
-        return sample(network, DIFFUSION, features, noise, steps=STEPS).images
+        condition = features.repeat_interleave(len(purposes), dim=0)
+        made = sample(network, DIFFUSION, condition, noise, steps=STEPS).images
+        return made.unflatten(0, (len(features), len(purposes)))
 
     def _genes(self, programs: torch.Tensor) -> torch.Tensor:
         return (programs * self.program_scale) @ self.loadings.T
