@@ -137,7 +137,7 @@ def _make(inputs: Inputs, output: Output) -> None:
         results["images"] = _images(inputs)
     tables = {name: _expression(inputs, name, results) for name in inputs.made}
     if job.truth is not None:
-        results["planted"] = truths.judge(job.truth, tables["cycle" if "cycle" in tables else "expression"], job.seed)
+        results["planted"] = truths.judge(job.truth, tables["cycle" if "cycle" in tables else "expression"])
     written = {METRICS: metrics_table(results)} | ({GENES: _merged(tables)} if tables else {})
     digests = {name: _write(output, name, table) for name, table in written.items()}
     output.publish(

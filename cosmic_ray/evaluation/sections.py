@@ -14,9 +14,9 @@ from cosmic_ray import storage
 from cosmic_ray.errors import DataError, NotFoundError
 from cosmic_ray.evaluation import figures, probe
 from cosmic_ray.evaluation.page import Section, Table
-from cosmic_ray.inference.read import Embeddings
 from cosmic_ray.output import read_manifest
 from cosmic_ray.stores.crops import CropStore
+from cosmic_ray.stores.embeddings import Embeddings
 from cosmic_ray.stores.show import montage
 from cosmic_ray.stores.split import PARTS, Split
 

@@ -22,7 +22,7 @@ _NEEDED = ("gene_id", "planted", "strength")
 _DEGREE = 4
 
 
-def judge(uri: str, genes: Mapping[str, np.ndarray], seed: int) -> dict[str, Any]:
+def judge(uri: str, genes: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """AUROC of planted against matched unplanted genes by strength, beside the oracle's; see `planted_curve`.
 
     It is made from `r_within`, the correlation within batch AND cell type: genes that differ between cell types would
@@ -50,7 +50,6 @@ def judge(uri: str, genes: Mapping[str, np.ndarray], seed: int) -> dict[str, Any
             np.log(np.maximum(genes["mean"], 1e-9)),
             genes.get("r_oracle"),
             controls=_controls(truth, rows, genes["gene_id"]),
-            seed=seed,
         )
     except ValueError as error:
         raise DataError(uri, str(error)) from None

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
-from cosmic_ray.evaluation.planted import auroc, matched, planted_curve
+from cosmic_ray.evaluation.planted import auroc, auroc_interval, matched, planted_curve
 
 FEW = st.lists(st.sampled_from([-0.5, 0.0, 0.1, 0.2, 0.9]), min_size=1, max_size=12)
 
@@ -60,3 +60,19 @@ def test_undefined_genes_are_left_out_and_counted():
     assert found["undefined"] == 2 and found["strengths"][0]["genes"] == 39 and found["unplanted"]["genes"] == 199
     with pytest.raises(ValueError, match="nothing to tell"):
         planted_curve(np.full(5, np.nan), np.array([0.1, 0.1, 0, 0, 0]), np.zeros(5))
+
+
+@pytest.mark.parametrize("area", [0.5, 0.8, 1.0])
+def test_the_interval_of_an_auroc_holds_it_about_as_often_as_it_says(area):
+    from scipy.stats import norm
+
+    random = np.random.default_rng(0)
+    shift = norm.ppf(min(area, 0.999)) * np.sqrt(2)
+    true = norm.cdf(shift / np.sqrt(2))
+    held = []
+    for _ in range(400):
+        found = auroc(random.normal(shift, 1, 12), random.normal(0, 1, 12))
+        low, high = auroc_interval(found, 12, 12)
+        held.append(low <= true <= high)
+        assert 0 <= low <= found <= high <= 1 and high - low > 0.1
+    assert np.mean(held) > 0.92

@@ -12,8 +12,7 @@ from cosmic_ray import storage
 from cosmic_ray.errors import DataError
 from cosmic_ray.evaluation import sections
 from cosmic_ray.evaluation.report import Report
-from cosmic_ray.inference.parts import Work, _write
-from cosmic_ray.inference.read import Embeddings
+from cosmic_ray.stores.embeddings import Embeddings, about_parts, write_part
 from cosmic_ray.stores.split import MakeSplit
 
 ROWS, PART_ROWS, WIDTH = 210, 16, 4
@@ -27,18 +26,14 @@ def store(crop_store):
 @pytest.fixture
 def embeddings(store, tmp_path) -> str:
     """Embeddings that say which row they are of and tell the cell lines apart, as an embed job leaves them."""
-    work = Work(store.uri, str(tmp_path / "embed"), "", "", None, PART_ROWS, 8, "float32", "cpu")
+    out = str(tmp_path / "embed")
     ids = store.metadata(["crop_id"])["crop_id"].combine_chunks()
     rows = np.arange(ROWS, dtype=np.float32)
     vectors = np.stack([rows, rows % 2, np.sin(rows), np.cos(rows)], 1)
-    starts = range(0, ROWS, PART_ROWS)
-    parts = [
-        _write(work, part, ids[start : start + PART_ROWS], vectors[start : start + PART_ROWS], None)
-        for part, start in enumerate(starts)
-    ]
-    manifest = {"format": "cosmic-ray/embed", "version": 1, "rows": ROWS, "width": WIDTH, "parts": parts}
-    storage.write_bytes(f"{work.out}/manifest.json", json.dumps(manifest).encode())
-    return work.out
+    slices = [slice(start, start + PART_ROWS) for start in range(0, ROWS, PART_ROWS)]
+    parts = [write_part(out, part, "crop_id", ids[here], vectors[here]) for part, here in enumerate(slices)]
+    storage.write_bytes(f"{out}/manifest.json", json.dumps(about_parts(parts, (WIDTH,))).encode())
+    return out
 
 
 @pytest.mark.parametrize("count", [1, 40, ROWS, 10 * ROWS])
