@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import tempfile
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from cosmic_ray import storage
@@ -17,8 +18,11 @@ from cosmic_ray.registry.scrub import scrub_text
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
 
 _REGISTERED = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>[^/@]+))$")
+KIND = "cosmic_ray.kind"
+"""The tag of a version that says its kind."""
 _UNKNOWN = {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}
 """MLflow's answers to the name, the version and the alias (the second) that it does not know."""
 
@@ -67,40 +71,46 @@ def check_model_uri(uri: str, key: str = "model") -> None:
         raise JobError(key, uri, f"{match['version']!r} is no version", "versions are numbers; aliases follow an @")
 
 
-def require_model(uri: str, key: str = "model", tracking: str | None = None) -> None:
-    """Refuse a model that is not there, before anything starts; none of its weights are read.
+def require_model(
+    uri: str, key: str = "model", tracking: str | None = None, kinds: Collection[str] = ("encoder",)
+) -> None:
+    """Refuse a model that is not there or is of another kind, before anything starts; none of its weights are read.
 
     Args:
         uri: as `load_model` takes it.
         key: where in the job it stands.
         tracking: where the registry is, as in `load_model`.
+        kinds: those that will do.
 
     Raises:
-        JobError: naming `key`: for an ill-formed URI, no such model, or a registry that does not answer.
+        JobError: naming `key`: for an ill-formed URI, no such model, one of another kind, or a registry that does not
+            answer.
     """
     check_model_uri(uri, key)
     try:
         if uri.startswith("models:"):
-            _resolved(uri, server.tracking_uri(tracking))
+            kind = _resolved(uri, server.tracking_uri(tracking))[1].tags.get(KIND, "encoder")
         else:
-            read_config(uri)
+            kind = read_config(uri).kind
     except DataError as error:
         raise JobError(key, uri, error.problem, error.remedy) from None
+    if kind not in kinds:
+        raise JobError(key, uri, f"a model of kind {kind}", f"wanted here: {' or '.join(kinds)}")
 
 
 def _fetch_registered(uri: str, where: str) -> StoredModel:
     check_model_uri(uri)
-    client, name, version = _resolved(uri, where)
+    client, version = _resolved(uri, where)
     from mlflow.exceptions import MlflowException
 
     try:
-        return _download(client, f"models:/{name}/{version}", where)
+        return _download(client, f"models:/{version.name}/{version.version}", where)
     except MlflowException as error:
         raise DataError(uri, f"{scrub_text(str(error))}", f"the registry is {scrub_text(where)}") from None
 
 
-def _resolved(uri: str, where: str) -> tuple[MlflowClient, str, str]:
-    """A client of the registry at `where`, and the name and version that a well-formed `models:/` URI means there.
+def _resolved(uri: str, where: str) -> tuple[MlflowClient, ModelVersion]:
+    """A client of the registry at `where`, and the version that a well-formed `models:/` URI means there.
 
     Raises:
         NotFoundError: where there is no such model.
@@ -118,8 +128,8 @@ def _resolved(uri: str, where: str) -> tuple[MlflowClient, str, str]:
     name = match["name"]
     try:
         if match["alias"]:
-            return client, name, client.get_model_version_by_alias(name, match["alias"]).version
-        return client, name, client.get_model_version(name, match["version"]).version
+            return client, client.get_model_version_by_alias(name, match["alias"])
+        return client, client.get_model_version(name, match["version"])
     except MlflowException as error:
         problem, registry = scrub_text(str(error)), f"the registry is {scrub_text(where)}"
         if error.error_code in _UNKNOWN:

@@ -77,9 +77,10 @@ def check_alias(alias: str, key: str = "alias") -> None:
 
 
 def model_tags(model: StoredModel) -> dict[str, str]:
-    """Tags of a version: digest, `simulated`, and what it was made from."""
-    facts = {"model_digest": model.config.digest, "simulated": str(model.config.simulated).lower()}
-    facts |= lineage_tags(scrub(model.config.lineage))
+    """Tags of a version: kind, digest, `simulated`, and what it was made from."""
+    config = model.config
+    facts = {"kind": config.kind, "model_digest": config.digest, "simulated": str(config.simulated).lower()}
+    facts |= lineage_tags(scrub(config.lineage))
     return {f"cosmic_ray.{key}": value for key, value in facts.items()}
 
 

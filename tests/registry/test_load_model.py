@@ -77,6 +77,25 @@ def test_a_model_of_several_channels_wants_their_axis(tmp_path):
         cosmic_ray.load_model(str(tmp_path)).embed(np.zeros((3, SIDE, SIDE), np.uint8))
 
 
+def test_tokens_are_those_that_enter_the_last_block(tmp_path, crops):
+    export(str(tmp_path))
+    network = encoder()[1]
+    with torch.no_grad():
+        tokens = network.patch_embed(prepare(torch.from_numpy(crops), 32, "better"))
+        tokens = network.norm_pre(network._pos_embed(tokens))
+        for block in network.blocks[:-1]:
+            tokens = block(tokens)
+        ended = network.forward_head(network.norm(network.blocks[-1](tokens)))
+    model = cosmic_ray.load_model(str(tmp_path), device="cpu")
+    found = model.tokens(crops, batch_size=4)
+    assert found.dtype == np.float16
+    np.testing.assert_allclose(found, tokens.numpy(), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(model.embed(crops), ended.numpy(), rtol=1e-5, atol=1e-6)
+    assert model.tokens(crops[:0]).shape == (0, *found.shape[1:])
+    with pytest.raises(TypeError, match="must be uint8"):
+        model.tokens(crops.astype(np.float32))
+
+
 def test_embeddings_that_are_not_finite_are_refused(tmp_path, crops):
     state = encoder()[1].state_dict()
     state["patch_embed.proj.weight"] = torch.full_like(state["patch_embed.proj.weight"], 1e38)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import FM, GENES, LATENT, export_img2seq, export_seq2img, export_transcriptome
 
 import cosmic_ray
-from cosmic_ray.errors import DataError
+from cosmic_ray.errors import DataError, JobError
 from cosmic_ray.models import img2seq, seq2img, transcriptome, unet, unet_imagen
 from cosmic_ray.registry import server
 from cosmic_ray.registry.card import model_card
@@ -26,6 +26,7 @@ from cosmic_ray.registry.kinds import KINDS
 from cosmic_ray.registry.kinds.img2seq import Img2SeqFields
 from cosmic_ray.registry.kinds.seq2img import ImagenFields, Sampling, UNetFields
 from cosmic_ray.registry.kinds.transcriptome_encoder import TranscriptomeFields
+from cosmic_ray.registry.load import require_model
 from cosmic_ray.registry.package import read_config, read_model, weights_name, write_model
 from cosmic_ray.registry.register import register_model
 
@@ -222,6 +223,15 @@ def test_a_registered_model_says_what_it_is_and_gives_the_same(tracking, folder,
     assert found.shape == (len(served.example), *served.gives[1][1:])
     with pytest.raises(mlflow.exceptions.MlflowException):
         loaded.predict(served.example[:, :-1])
+
+
+def test_a_model_of_another_kind_is_refused_before_anything_starts(tracking, folder, kind):
+    name = f"{kind}-{uuid.uuid4().hex[:8]}"
+    register_model(folder, name)
+    for uri in (folder, f"models:/{name}@candidate"):
+        require_model(uri, "fm", kinds=("encoder", kind))
+        with pytest.raises(JobError, match=rf"fm = .*: a model of kind {kind} \(wanted here: encoder\)"):
+            require_model(uri, "fm")
 
 
 def test_parameters_of_a_registered_model_are_its_samplers(tracking, tmp_path):

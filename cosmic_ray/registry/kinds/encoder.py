@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
@@ -110,22 +110,58 @@ class Encoder(Model[EncoderConfig]):
             TypeError: for another dtype than uint8.
             ValueError: for another shape than the model takes, or embeddings that are not finite.
         """
-        import numpy as np
+        return self._found(crops, batch_size, lambda batch: self._forward(batch, precision).float(), "embedding")
+
+    def tokens(self, crops: np.ndarray, *, batch_size: int = 64, precision: Precision = "float32") -> np.ndarray:
+        """The tokens that enter the transformer's last block, where img2seq's `recipe: paper` begins.
+
+        Args and errors as of `embed`; TypeError also where the network is no transformer.
+
+        Returns:
+            float16 (N, T, D), the tokens before those of the patches (a class token) first.
+        """
         import torch
 
-        crops = checked_crops(crops, self.config.input)
-        found = np.empty((len(crops), self.config.embedding_width), np.float32)
-        with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            for start in range(0, len(crops), batch_size):
-                batch = torch.from_numpy(np.array(crops[start : start + batch_size])).to(self.device)
-                found[start : start + batch_size] = self._forward(batch, precision).float().cpu().numpy()
-        if not np.isfinite(found).all():
-            raise self._broken(f"the embedding of crop {int(np.argmin(np.isfinite(found).all(axis=1)))}")
-        return found
+        blocks = getattr(self._network, "blocks", None)
+        if not isinstance(blocks, torch.nn.Sequential):
+            raise TypeError(f"the model {self.uri} is no transformer: it has no blocks whose tokens could be had")
+
+        def entering(batch: torch.Tensor) -> torch.Tensor:
+            seen: list[torch.Tensor] = []
+            hook = blocks[-1].register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+            try:
+                self._forward(batch, precision)
+            finally:
+                hook.remove()
+            return seen[0].half()
+
+        return self._found(crops, batch_size, entering, "tokens")
 
     def predict(self, given: np.ndarray, **params: Any) -> np.ndarray:
         """`embed`."""
         return self.embed(given)
+
+    def _found(
+        self, crops: np.ndarray, batch_size: int, made: Callable[[torch.Tensor], torch.Tensor], what: str
+    ) -> np.ndarray:
+        """What `made` makes of batches of crops on the device, (N, ...)."""
+        import numpy as np
+        import torch
+
+        crops = checked_crops(crops, self.config.input)
+        found = None
+        with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            for start in range(0, max(len(crops), 1), batch_size):
+                batch = (
+                    made(torch.from_numpy(np.array(crops[start : start + batch_size])).to(self.device)).cpu().numpy()
+                )
+                if found is None:
+                    found = np.empty((len(crops), *batch.shape[1:]), batch.dtype)
+                found[start : start + batch_size] = batch
+        finite = np.isfinite(found).reshape(len(found), -1).all(axis=1) if len(found) else np.ones(0, bool)
+        if not finite.all():
+            raise self._broken(f"the {what} of crop {int(np.argmin(finite))}")
+        return found
 
     def _forward(self, crops: torch.Tensor, precision: Precision) -> torch.Tensor:
         import torch
