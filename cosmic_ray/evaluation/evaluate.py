@@ -23,7 +23,7 @@ from cosmic_ray.evaluation.generated import GeneratedExpression, Round, open_rou
 from cosmic_ray.evaluation.job import Evaluate
 from cosmic_ray.evaluation.openings import open_test, openings
 from cosmic_ray.evaluation.scores import scores_of
-from cosmic_ray.evaluation.seen import Chain, objections
+from cosmic_ray.evaluation.seen import Chain, hashes, objections
 from cosmic_ray.output import Output, canonical, claim
 from cosmic_ray.progress import say
 from cosmic_ray.stores.cells import CellStore
@@ -67,7 +67,7 @@ class Inputs:
 
     def chain(self) -> Chain:
         """Every fitted thing behind what is judged, and behind the space that it is judged in."""
-        chain = Chain()
+        chain = Chain(hashes(self.store) | {self.split.content_hash}, tracking=self.job.tracking_uri)
         for place, each in enumerate(self.rounds):
             chain.follow(f"images.{place}", each.store.manifest.lineage)
         for name, made in self.made.items():
@@ -124,7 +124,8 @@ def _open(job: Evaluate, opened: ExitStack) -> Inputs:
 
 def _make(inputs: Inputs, output: Output) -> None:
     job, chain = inputs.job, inputs.chain()
-    flaws = [*_seen(inputs, chain), *inputs.split.flaws]
+    foreign = [f"what made the ready embeddings {name} was fitted on is unknown" for name in chain.foreign]
+    flaws = [*_seen(inputs, chain), *foreign, *inputs.split.flaws]
     lineage = inputs.lineage()
     opened = None
     if job.part == "test":

@@ -174,11 +174,13 @@ class GeneratedExpression:
 
     def block(self, genes: slice, layer: str | None = None) -> np.ndarray:
         """X, or a layer, of the selected cells and of a few genes: float32 (N, g); several rows of a cell are averaged.
+        Of a model that tells counts (`values: counts` in its note), log1p of them.
 
         Raises:
             DataError: for values that are not finite, naming the first gene.
         """
         values = self._columns("X" if layer is None else f"layers/{layer}", genes)[self._order]
+        values = np.log1p(np.maximum(values, 0)) if self.note.get("values") == "counts" else values
         if not np.isfinite(values).all():
             gene = self.genes[genes][int(np.argmin(np.isfinite(values).all(0)))]
             raise DataError(self.uri, f"{layer or 'X'}: values of gene {gene} are NaN or infinite", "generate it again")

@@ -25,6 +25,8 @@ from cosmic_ray.stores.split import Split
 FITTED_ON = ("store", "split")
 _HASHES = ("content_hash", "digest")
 _DATA = (CELLS, SPLIT)
+_MADE_BY = "model"
+"""Names the model in the lineage of embeddings, which are not fitted themselves."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,15 @@ class Fitted:
 class Chain:
     """All fitted things behind something, and what could not be followed."""
 
+    known: frozenset[str] = frozenset()
+    """Hashes of data that need no looking up, wherever the lineage says they lie: the cells and the split judged by."""
     fitted: list[Fitted] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
+    """What could not be followed, and why."""
+    foreign: list[str] = field(default_factory=list)
+    """Ready embeddings that others made: what these were fitted on cannot be known here, and figures say so."""
+    tracking: str | None = None
+    """Where registered models are."""
 
     def follow(self, where: str, lineage: Mapping[str, Any]) -> None:
         """Add what a lineage names."""
@@ -83,17 +92,33 @@ class Chain:
         self.follow(where, {key: node for key, node in lineage.items() if key not in FITTED_ON})
 
     def _add(self, where: str, node: Mapping[str, Any]) -> None:
-        uri = str(node["uri"])
-        if isinstance(node.get("lineage"), Mapping):
-            self.add_model(where, uri, node["lineage"])
+        uri, lineage = str(node["uri"]), node.get("lineage")
+        if isinstance(lineage, Mapping):
+            if _MADE_BY in lineage:
+                self._add_embeddings(where, uri, lineage)
+            else:
+                self.add_model(where, uri, lineage)
+            return
+        if _hash(node) in self.known:
             return
         try:
             self._look_up(where, uri, _hash(node))
         except DataError as error:
             self.unknown.append(f"{where}: {error}")
 
+    def _add_embeddings(self, where: str, uri: str, lineage: Mapping[str, Any]) -> None:
+        """Nothing was fitted to make them, but for the model that made them."""
+        made_by = _mapping(lineage.get(_MADE_BY))
+        if "uri" in made_by:
+            self._add(f"{where}.{_MADE_BY}", made_by)
+        else:
+            self.foreign.append(f"{where} ({uri})")
+        store = _mapping(lineage.get("store"))
+        if "uri" in store:  # of generated crops, which have models behind them
+            self._add(f"{where}.store", store)
+
     def _look_up(self, where: str, uri: str, named: str | None) -> None:
-        model = _model(uri)
+        model = _model(uri, self.tracking)
         if model is not None:
             _require_same(uri, named, model.digest)
             self.add_model(where, uri, model.lineage)
@@ -102,11 +127,20 @@ class Chain:
         if manifest.get("format") in _DATA:
             return
         _require_same(uri, named, manifest.get("content_hash"))
-        if manifest.get("format") in (CROPS, EMBEDDINGS):
-            if manifest["format"] == EMBEDDINGS or generated(manifest):
+        if manifest.get("format") == EMBEDDINGS:
+            self._add_embeddings(where, uri, manifest["lineage"])
+            return
+        if manifest.get("format") == CROPS:
+            if generated(manifest):
                 self.follow(where, manifest["lineage"])
             return
         self.add_model(where, uri, _mapping(manifest.get("lineage")))
+
+
+def hashes(store: CellStore) -> frozenset[str]:
+    """Content hashes of a cell store and of its crops."""
+    images = store.manifest.images
+    return frozenset([store.content_hash, *([images.content_hash] if images else [])])
 
 
 def generated(manifest: Mapping[str, Any]) -> bool:
@@ -125,9 +159,9 @@ def objections(chain: Chain, store: CellStore, split: Split, part: str, cell_ids
         cell_ids: the cells that are judged.
     """
     found = [f"{told}: so nobody knows what it was fitted on" for told in chain.unknown]
-    if not chain.fitted and not chain.unknown:
+    if not (chain.fitted or chain.unknown or chain.foreign):
         found.append("the lineage names no model: nobody knows what made this")
-    own = {store.content_hash, *([store.manifest.images.content_hash] if store.manifest.images else [])}
+    own = hashes(store)
     for each in chain.fitted:
         name = f"{each.where} ({each.uri})"
         if each.store is None:
@@ -175,13 +209,13 @@ def _named(tree: Any, name: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]
             yield from _named(node, f"{name}.{place}")
 
 
-def _model(uri: str) -> Any:
+def _model(uri: str, tracking: str | None) -> Any:
     """The configuration of the model at `uri`, or None where something else is there."""
     from cosmic_ray.registry.load import fetch_model
     from cosmic_ray.registry.package import CONFIG, read_config
 
     if uri.startswith("models:"):
-        return fetch_model(uri).config
+        return fetch_model(uri, tracking=tracking).config
     return read_config(uri) if storage.exists(storage.join(uri, CONFIG)) else None
 
 

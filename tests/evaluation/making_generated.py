@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -123,10 +124,21 @@ class World:
             publish_store(target, SPEC, entries, {}, intensity, lineage, {"kind": "test-store"}, True)
         return CropStore.open(uri).uri
 
-    def expression(self, name: str, rows: np.ndarray, mean: np.ndarray, model: str | None = None, **more: Any) -> str:
-        """Write `expression.h5ad` of the cells `rows` as a generate job does."""
+    def expression(
+        self,
+        name: str,
+        rows: np.ndarray,
+        mean: np.ndarray,
+        model: str | None = None,
+        *,
+        lineage: dict[str, Any] | None = None,
+        note: dict[str, Any] | None = None,
+        **more: np.ndarray,
+    ) -> str:
+        """Write `expression.h5ad` of the cells `rows` as a generate job does; `more` are layers."""
         model = model or self.seq2img
-        note = {"lineage": {"img2seq": {"uri": model, "digest": digest(model)}}, "simulated": True, "level": 0.9}
+        lineage = {"img2seq": {"uri": model, "digest": digest(model)}, **(lineage or {})}
+        note = {"lineage": json.dumps(lineage), "simulated": True, "level": 0.9, **(note or {})}
         var = pd.DataFrame(index=[f"g{i}" for i in range(mean.shape[1])])
         made = anndata.AnnData(
             mean.astype(np.float32),

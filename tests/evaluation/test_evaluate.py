@@ -15,6 +15,7 @@ from making_generated import GENES, TYPES, World, digest, drawn, rates
 from cosmic_ray import output, storage
 from cosmic_ray.errors import DataError, JobError
 from cosmic_ray.evaluation.job import Evaluate
+from cosmic_ray.stores.crops import CropStore
 
 FAST = {"epochs": 25, "lr": 3e-3, "batch": 32, "size": 16}
 
@@ -133,6 +134,15 @@ def test_planted_genes_are_told_from_their_controls(world, tmp_path):
     assert planted["unplanted"]["low"] < 0 < planted["unplanted"]["high"]
 
 
+def test_expression_told_as_counts_is_compared_on_the_log_scale(world, tmp_path):
+    rows = world.rows()
+    made = world.log(rows) + np.random.default_rng(0).normal(0, 0.2, (len(rows), GENES))
+    counts = world.expression("counts", rows, np.expm1(made), note={"values": "counts"})
+    plain = world.expression("plain", rows, np.maximum(made, 0))
+    found = [evaluated(world, tmp_path / uri[-6:], expression=uri)["expression"] for uri in (counts, plain)]
+    assert found[0]["error"] == pytest.approx(found[1]["error"], rel=1e-5)
+
+
 def write_truth(world: World, folder: Path) -> str:
     ids = [f"g{i}" for i in range(GENES)]
     planted = [12 <= i < 18 for i in range(GENES)]
@@ -195,6 +205,37 @@ def test_models_of_other_data_and_by_this_split_are_held_out(world, tmp_path):
     found = evaluated(world, tmp_path / "out", expression=uri)
     assert found["flaws"] == []
     assert output.read_manifest(str(tmp_path / "out"))["fitted"][0]["store"] == "2" * 64
+
+
+def test_embeddings_are_followed_to_the_model_that_made_them(world, tmp_path):
+    """Latents and features are not fitted themselves: that they are of all cells is no fault; their model's may be."""
+    store = {"uri": "s3://moved", "content_hash": world.cells.content_hash}
+    split = {"uri": "s3://moved", "content_hash": world.split.content_hash}
+
+    def latents(model: dict[str, Any] | None) -> dict[str, Any]:
+        return {"uri": "s3://gone", "content_hash": "4" * 64, "lineage": {"store": store, "model": model}}
+
+    good = {"uri": "s3://pca", "content_hash": "6" * 64, "lineage": {"store": store, "split": split}}
+    uri = seen_by(world, "m-latents", latents=latents(good))
+    assert evaluated(world, tmp_path / "good", expression=uri)["flaws"] == []
+    assert len(output.read_manifest(str(tmp_path / "good"))["fitted"]) == 2
+    bad = {**good, "lineage": {"store": store}}
+    refused(world, tmp_path, "latents.model .* whole store", expression=seen_by(world, "m-bad", latents=latents(bad)))
+    ready = evaluated(world, tmp_path / "ready", expression=seen_by(world, "m-ready", latents=latents(None)))
+    assert [flaw.startswith("what made the ready embeddings") for flaw in ready["flaws"]] == [True]
+
+
+def test_a_cycle_is_followed_through_its_generated_images(world, ideal, tmp_path):
+    rows = world.rows()
+    blind = world.model("m-blind", 5, split=None)
+    images = world.images("through", rows, samples(world.types[rows], 3, 1), blind)
+    features = {"uri": "s3://f", "content_hash": "4" * 64}
+    made_of = {"uri": images, "content_hash": CropStore.open(images).content_hash}
+    other = {"uri": "s3://other", "content_hash": "2" * 64}
+    fm = {"uri": world.fm, "content_hash": digest(world.fm), "lineage": {"store": other}}
+    lineage = {"features": {**features, "lineage": {"store": made_of, "model": fm}}}
+    uri = world.expression("through-cycle", rows, world.log(rows), lineage=lineage)
+    refused(world, tmp_path, r"features\.store\.m-blind .* whole store", cycle=uri)
 
 
 def test_generated_train_cells_are_refused(world, tmp_path):
