@@ -20,11 +20,13 @@ KINDS: dict[str, str] = {
     "split": "cosmic_ray.stores.split:MakeSplit",
     "pretrain-mae": "cosmic_ray.training.mae_job:PretrainMAE",
     "train-seq2img": "cosmic_ray.training.seq2img_job:TrainSeq2Img",
+    "train-img2seq": "cosmic_ray.training.img2seq_job:TrainImg2Seq",
     "tune": "cosmic_ray.tuning.job:Tune",
     "fit-transcriptome": "cosmic_ray.transcriptome.job:FitTranscriptome",
     "embed": "cosmic_ray.inference.embed:Embed",
     "evaluate": "cosmic_ray.evaluation.job:Evaluate",
     "compare": "cosmic_ray.evaluation.compare:Compare",
+    "generate": "cosmic_ray.inference.generate:Generate",
     "report": "cosmic_ray.evaluation.report:Report",
     "pipeline": "cosmic_ray.pipeline:Pipeline",
 }

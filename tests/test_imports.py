@@ -21,7 +21,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "reach": {"errors", "config", "storage"},
     "models": set(),
     "stores": BASE,
-    "simulation": BASE,
+    "simulation": BASE | {"stores", "imaging", "cells"},
     "imaging": BASE | {"stores"},
     "cells": BASE | {"stores", "imaging"},
     "ingest": BASE | {"stores"},

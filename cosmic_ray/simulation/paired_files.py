@@ -40,7 +40,7 @@ def h5ad_bytes(counts: csr_matrix, obs: Mapping[str, Any], genes: Iterable[str],
     data = anndata.AnnData(counts, obs=frame, var=var, uns={"simulated": True, **about})
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "expression.h5ad")
-        data.write_h5ad(path)
+        data.write_h5ad(path, compression="gzip")
         return path.read_bytes()
 
 
