@@ -161,11 +161,11 @@ class Tune(Job):
             return JobError(
                 where, ABSENT, "must not vary: it changes how a job runs or is measured, not what it trains"
             )
-        if any(key == uri or uri.startswith(f"{key}.") for uri, _ in uris(self._base)):
-            return JobError(where, ABSENT, "must not vary: trials on other data cannot be compared")
+        reads = set(uris(make(self._tree, _PREFIX)))
         for value in values.ends:
             try:
-                make(lay(self._tree, {key: value}), _PREFIX)
+                if set(uris(make(lay(self._tree, {key: value}), _PREFIX))) != reads:
+                    return JobError(where, value, "must not vary: trials on other data cannot be compared")
             except JobErrors as error:
                 return JobError(where, value, error.errors[0].problem, error.errors[0].remedy)
             except JobError as error:

@@ -78,7 +78,7 @@ def flat(space: Any) -> Any:
         return space
     found: dict[str, Any] = {}
     for key, values in space.items():
-        if isinstance(values, Mapping) and values and not values.keys() & Range.model_fields.keys():
+        if isinstance(values, Mapping) and values and all(isinstance(inner, Mapping) for inner in values.values()):
             found |= {f"{key}.{inner}": value for inner, value in flat(values).items()}
         else:
             found[key] = values
