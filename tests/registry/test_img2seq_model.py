@@ -139,7 +139,8 @@ def published(tmp_path, crop_store, features) -> Callable[[str], Embeddings]:
 
 
 def test_published_features_of_its_fm_are_taken(model, features, published):
-    found = model.sample(published(FM), CELLS, samples=1)
+    found = model.sample(published(FM), samples=1)
+    assert found.cell_ids == tuple(CELLS)
     np.testing.assert_array_equal(found.mean, model.sample(features, CELLS, samples=1).mean)
 
 

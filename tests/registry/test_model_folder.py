@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -50,6 +51,14 @@ def test_the_digest_covers_what_decides_the_embeddings_and_nothing_else(tmp_path
     assert export(str(tmp_path / "b"), card="# another", lineage={}, simulated=False).digest == digest
     assert export(str(tmp_path / "c"), seed=1).digest != digest
     assert export(str(tmp_path / "d"), input={"channels": ["c"], "height": 8, "width": 8}).digest != digest
+
+
+def test_the_digest_is_the_sha256_of_what_it_covers(model_folder):
+    config = json.loads(Path(model_folder, "config.json").read_text())
+    weights = hashlib.sha256(Path(model_folder, "encoder.safetensors").read_bytes()).hexdigest()
+    covered = {key: config[key] for key in ("kind", "network", "input", "preprocessing")} | {"weights_sha256": weights}
+    text = json.dumps(covered, sort_keys=True, separators=(",", ":"))
+    assert config["digest"] == hashlib.sha256(text.encode()).hexdigest()
 
 
 def test_no_secret_is_written_into_a_model(tmp_path):

@@ -26,6 +26,7 @@ from cosmic_ray.registry.kinds import KINDS
 from cosmic_ray.registry.kinds.img2seq import Img2SeqFields
 from cosmic_ray.registry.kinds.seq2img import ImagenFields, Sampling, UNetFields
 from cosmic_ray.registry.kinds.transcriptome_encoder import TranscriptomeFields
+from cosmic_ray.registry.lineage import lineage_tags
 from cosmic_ray.registry.load import require_model
 from cosmic_ray.registry.package import read_config, read_model, weights_name, write_model
 from cosmic_ray.registry.register import register_model
@@ -232,6 +233,20 @@ def test_a_model_of_another_kind_is_refused_before_anything_starts(tracking, fol
         require_model(uri, "fm", kinds=("encoder", kind))
         with pytest.raises(JobError, match=rf"fm = .*: a model of kind {kind} \(wanted here: encoder\)"):
             require_model(uri, "fm")
+
+
+def test_tags_tell_the_whole_chain_that_a_model_was_made_from():
+    fm = {"content_hash": "3", "lineage": {"store": {"content_hash": "4"}, "split": {"content_hash": "5"}}}
+    features = {"uri": "x", "content_hash": "2", "lineage": {"model": fm}}
+    lineage = {"store": {"uri": "y", "content_hash": "1"}, "features": features, "job": "abc", "none": None, "list": []}
+    assert lineage_tags(lineage) == {
+        "job": "abc",
+        "store_hash": "1",
+        "features_hash": "2",
+        "features_model_hash": "3",
+        "features_model_store_hash": "4",
+        "features_model_split_hash": "5",
+    }
 
 
 def test_parameters_of_a_registered_model_are_its_samplers(tracking, tmp_path):

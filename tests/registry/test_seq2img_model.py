@@ -100,6 +100,24 @@ def test_a_refined_image_keeps_more_the_less_strength(model, latents, crops):
     assert np.abs(model.refine(crops[:, 0], latents, CELLS, strength=1.0) - from_noise).mean() < 0.1
 
 
+def test_bfloat16_is_close(model, latents):
+    exact, close = (model.sample(latents, precision=name).astype(int) for name in ("float32", "bfloat16"))
+    assert 0 < np.abs(close - exact).mean() < 10
+
+
+@pytest.mark.parametrize("recipe", ["better", "paper"])
+def test_refined_images_are_the_samplers_own(tmp_path, latents, crops, recipe):
+    export_seq2img(str(tmp_path), recipe=recipe)
+    config, network = seq2img(recipe=recipe)
+    start = torch.from_numpy(crops).float().expand(-1, config.shape[0], -1, -1) / 127.5 - 1
+    settings = {"sampler": "ddim", "steps": 6, "guidance": 1.0, "start": start, "strength": 0.6}
+    noise = cell_noise(0, cell_keys(CELLS), config.shape)
+    wanted = config.to_crops(sample(network, config.diffusion, torch.from_numpy(latents), noise, **settings).images)
+    model = cosmic_ray.load_model(str(tmp_path), device="cpu")
+    found = model.refine(crops, latents, CELLS, strength=0.6, sampler="ddim", steps=6, guidance=1.0)
+    assert close(found, wanted.numpy())
+
+
 @pytest.mark.parametrize(
     ("bad", "error", "says"),
     [
@@ -185,7 +203,9 @@ def published(tmp_path, crop_store, latents) -> Callable[[str | None], Embedding
 
 
 def test_published_latents_are_taken_from_their_encoder_alone(model, latents, published):
-    np.testing.assert_array_equal(model.sample(published(LATENTS_BY), CELLS), model.sample(latents, CELLS))
+    np.testing.assert_array_equal(model.sample(published(LATENTS_BY)), model.sample(latents, CELLS))
+    other = [f"{cell}'" for cell in CELLS]
+    np.testing.assert_array_equal(model.sample(published(LATENTS_BY), other), model.sample(latents, other))
 
 
 @pytest.mark.parametrize(("digest", "says"), [("f" * 64, "of the model ffffffffffff"), (None, "no registered model")])

@@ -60,6 +60,13 @@ def test_genes_may_stand_in_any_order_in_any_container_with_others_between(model
     assert model.embed(counts[:0], GENES).shape == (0, LATENT)
 
 
+def test_a_backed_file_is_read(model, counts, tmp_path):
+    frame = pd.DataFrame(index=list(GENES))
+    anndata.AnnData(csr_matrix(counts.astype(np.float32)), var=frame).write_h5ad(tmp_path / "cells.h5ad")
+    found = model.embed(anndata.read_h5ad(tmp_path / "cells.h5ad", backed="r"))
+    np.testing.assert_allclose(found, model.embed(counts, GENES), rtol=1e-5, atol=1e-6)
+
+
 def test_missing_genes_are_named(model, counts):
     with pytest.raises(ValueError, match=r"2 of \d+ genes are missing: ENSG003, ENSG005"):
         kept = [gene not in ("ENSG003", "ENSG005") for gene in GENES]

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from cosmic_ray.config import Config
 from cosmic_ray.registry.kinds.conditions import FeatureSpec, checked_vectors
-from cosmic_ray.registry.kinds.sampling import cell_names, checked_count
+from cosmic_ray.registry.kinds.sampling import checked_count
 from cosmic_ray.registry.model import Model, ModelConfig, Served, filled
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ class Expression:
     genes: tuple[str, ...]
     """Ids, in the order of the columns."""
     cell_ids: tuple[str, ...]
-    """In the order of the rows; row numbers where none were given."""
+    """In the order of the rows; row numbers where there were none."""
     values: Literal["log1p of normalised counts", "counts"]
     """What the numbers are."""
     mean: np.ndarray
@@ -172,7 +172,7 @@ class Img2Seq(Model[Img2SeqModelConfig]):
             features: published `Embeddings` of the morphology FM that `config.features` names; or floating (N, D), or
                 (N, T, D) where it takes tokens. **Of a bare array nothing but the shape can be checked**: features of
                 another FM of that width give numbers that mean nothing.
-            cell_ids: text, one a cell; row numbers by default.
+            cell_ids: text, one a cell; by default the embeddings' own, or row numbers.
             samples: S, of each cell.
             encoder: the loaded FM that made an array: it is checked.
             library: floating (N,): total counts of each cell, for a model that counts; the training cells' median by
@@ -190,9 +190,8 @@ class Img2Seq(Model[Img2SeqModelConfig]):
 
         from cosmic_ray.ingest.cell_noise import cell_keys
 
-        vectors = checked_vectors(features, self.config.features, "features", self.uri, encoder)
-        names, count = cell_names(cell_ids, len(vectors)), checked_count("samples", samples)
-        keys, totals = cell_keys(names), self._library(library, len(vectors))
+        vectors, names = checked_vectors(features, cell_ids, self.config.features, "features", self.uri, encoder)
+        keys, count, totals = cell_keys(names), checked_count("samples", samples), self._library(library, len(vectors))
         shape = (len(vectors), self.config.network.genes)
         mean, spread = np.empty(shape, np.float32), np.empty(shape, np.float32)
         drawn = np.empty((shape[0], count, shape[1]), np.float32)

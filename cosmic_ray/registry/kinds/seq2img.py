@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from cosmic_ray.config import Config
 from cosmic_ray.registry.kinds.conditions import VectorSpec, checked_vectors
 from cosmic_ray.registry.kinds.crops import InputSpec, checked_crops
-from cosmic_ray.registry.kinds.sampling import cell_names, checked_count
+from cosmic_ray.registry.kinds.sampling import checked_count
 from cosmic_ray.registry.model import Model, ModelConfig, Precision, Served, filled
 from cosmic_ray.stores.manifest import CropSpec
 
@@ -179,7 +179,7 @@ class Seq2Img(Model[Seq2ImgModelConfig]):
         Args:
             latents: floating (N, D), of the transcriptome encoder that `config.latents` names, or published
                 `Embeddings`. Of a bare array nothing but the width can be checked.
-            cell_ids: text, one a cell; row numbers by default.
+            cell_ids: text, one a cell; by default the embeddings' own, or row numbers.
             guidance, sampler, steps: those of `config.sampling` by default; see `models.sampling.sample`.
             batch_size: cells on the device at once.
             precision: of the network's forward; `bfloat16` is for accelerators.
@@ -244,10 +244,10 @@ class Seq2Img(Model[Seq2ImgModelConfig]):
 
         from cosmic_ray.ingest.cell_noise import cell_keys
 
-        vectors = checked_vectors(latents, self.config.latents, "latents", self.uri)
+        vectors, names = checked_vectors(latents, cell_ids, self.config.latents, "latents", self.uri)
         if crops is not None and len(crops) != len(vectors):
             raise ValueError(f"there are {len(crops)} crops for {len(vectors)} latents")
-        keys = cell_keys(cell_names(cell_ids, len(vectors)))
+        keys = cell_keys(names)
         settings = self._settings(given)
         found = np.empty((len(vectors), *self.config.output.shape), np.uint8)
         for start in range(0, len(vectors), checked_count("batch_size", batch_size)):

@@ -138,8 +138,8 @@ class TranscriptomeEncoder(Model[TranscriptomeEncoderConfig]):
         far batches then differ in latents is not corrected.
 
         Args:
-            cells: AnnData, or counts (N, genes), sparse or dense. Raw counts for `scvi`; for `pca` values >= 0 that are
-                not normalised.
+            cells: AnnData (a backed one is read), or counts (N, genes), sparse or dense. Raw counts for `scvi`; for
+                `pca` values >= 0 that are not normalised.
             genes: ids of the columns, in any order, more than `genes` of this model or as many; `var_names` of an
                 AnnData by default.
             layer: of the AnnData that holds the counts; its X by default.
@@ -155,6 +155,7 @@ class TranscriptomeEncoder(Model[TranscriptomeEncoderConfig]):
         from cosmic_ray.models.transcriptome import columns_of, encode
 
         if hasattr(cells, "obs_names"):
+            cells = cells.to_memory() if cells.isbacked else cells
             genes = list(cells.var_names) if genes is None else genes
             cells = cells.X if layer is None else cells.layers[layer]
         if genes is None or len(genes) != cells.shape[1]:
