@@ -27,7 +27,7 @@ class Order(NamedTuple):
 
     def window_of(self, draw: int) -> int:
         """The window that holds a draw; the number of windows for one after the last."""
-        return int(np.searchsorted(self.starts, draw, side="right")) - 1
+        return int(self.starts.searchsorted(draw, side="right")) - 1
 
     def window_groups(self, window: int) -> np.ndarray:
         """Int32: the row groups of a window."""

@@ -20,7 +20,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -116,6 +116,7 @@ class Plan:
         for step, groups in spec.exclusions:
             self._eras.append(self._next_era(step, groups))
         self._orders = Orders(self._lanes, spec.window, spec.seed, self._eras)
+        self._parts = lru_cache(maxsize=4)(self._find_parts)
 
     @classmethod
     def fitted(
@@ -297,7 +298,7 @@ class Plan:
         counts = [np.sort(era.selection.counts[self._lanes[lane]]) for era in self._eras for lane in lanes]
         return max(int(rows[-self.spec.window :].sum()) for rows in counts)
 
-    def _parts(self, k: int) -> list[tuple[int, np.ndarray, np.ndarray]]:
+    def _find_parts(self, k: int) -> list[tuple[int, np.ndarray, np.ndarray]]:
         """(epoch, first draw, end of draws) of each lane: int64 (lanes,), for the one or two epochs of batch `k`."""
         era = next(era for era in reversed(self._eras) if era.first_step <= k)
         return era.parts(k)
@@ -308,7 +309,7 @@ class Plan:
             raise JobError("exclusions", first_step, problem, "exclude in the order of the steps")
         selection = self._eras[-1].selection.without(excluded)
         require_batch(selection.counts, self.spec.global_batch)
-        epoch, drawn, _ = self._parts(first_step)[0]
+        epoch, drawn, _ = self._find_parts(first_step)[0]
         drop = self.spec.remainder == "drop"
         era = Era(selection, self._lanes, self.spec.global_batch, drop, first_step, epoch, drawn, excluded)
         if not era.fresh:

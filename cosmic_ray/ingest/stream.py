@@ -31,7 +31,7 @@ class Batch:
     """A rank's slice of one global batch, or one part of it where `micro` cuts it up.
 
     `step`: the global batch, from 0 across epochs. `images`: uint8 (n, C, H, W), page-locked where CUDA is there.
-    `positions`: int64 (n,), global sample positions. `last`: whether the slice of this step ends here. `wait_s`:
+    `last`: whether the slice of this step ends here. `wait_s`:
     seconds that the consumer waited. A slice may be empty (n = 0) where the global batch is hardly larger than the
     number of lanes.
 
@@ -42,12 +42,16 @@ class Batch:
     def __init__(
         self, plan: Plan, lanes: range, step: int, images: torch.Tensor, part: slice, last: bool, wait_s: float
     ):
-        import torch
-
         self.step, self.images, self.last, self.wait_s = step, images[part], last, wait_s
         self._plan, self._lanes, self._part = plan, lanes, part
-        positions = plan.positions(step, lanes)[part]
-        self.positions = torch.arange(positions.start, positions.stop)
+
+    @cached_property
+    def positions(self) -> torch.Tensor:
+        """Global sample positions, int64 (n,)."""
+        import torch
+
+        positions = self._plan.positions(self.step, self._lanes)[self._part]
+        return torch.arange(positions.start, positions.stop)
 
     @cached_property
     def samples(self) -> Samples:
@@ -118,7 +122,7 @@ def reading_bytes(plan: Plan, lanes: range, crop_bytes: int, ahead_bytes: int = 
     ahead, in its task what that has read ahead and the chunk being made. Code and Arrow's buffers come on top: about
     300 MB.
     """
-    windows = plan.open_rows(lanes) + plan.largest_window(lanes)
+    windows = (plan.open_rows(lanes) + plan.largest_window(lanes)) * 9 // 8
     return windows * crop_bytes + 2 * ahead_bytes + 2 * CHUNK_BYTES
 
 

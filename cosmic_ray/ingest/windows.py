@@ -22,7 +22,7 @@ from cosmic_ray.stores.crops import Buffer, CropStore
 
 AHEAD_BYTES = 64 * 2**20
 LOCAL_THREADS, REMOTE_THREADS = 2, 8
-_KEPT = 4
+_SIZES = 8
 
 
 class Stored(NamedTuple):
@@ -72,10 +72,34 @@ class _Window(NamedTuple):
     last_step: int
 
 
+class _Rooms:
+    """Memory for windows, in rooms of a few sizes, so that a used one soon serves again."""
+
+    def __init__(self, largest: int, nbytes: int, lanes: int):
+        self._unit, self._nbytes, self._patience = -(-largest // _SIZES), nbytes, 4 * lanes
+        self._taken = 0
+        self._free: list[tuple[int, np.ndarray]] = []
+
+    def take(self, rows: int) -> np.ndarray:
+        """A room for so many crops: uint8 (`rows` or some more, bytes of a crop)."""
+        self._taken += 1
+        room = -(-rows // self._unit) * self._unit
+        found = next((at for at in range(len(self._free) - 1, -1, -1) if len(self._free[at][1]) == room), None)
+        # Between two epochs all lanes have two windows open; in long epochs what that took is given back.
+        crops = np.empty((room, self._nbytes), np.uint8) if found is None else self._free.pop(found)[1]
+        self._free = [one for one in self._free if self._taken - one[0] < self._patience]
+        return crops
+
+    def free(self, crops: np.ndarray) -> None:
+        """Take a room back."""
+        self._free.append((self._taken, crops))
+
+
 class Windows:
     """Hands out the crops of one global batch after another.
 
-    Memory: the open windows of these lanes (`plan.open_rows`) and the windows read ahead, `ahead_bytes` or one.
+    Memory: the open windows of these lanes (`plan.open_rows`) and the windows read ahead, `ahead_bytes` or one; an
+    eighth of a window more for each, where their rows were selected.
     """
 
     def __init__(
@@ -103,7 +127,7 @@ class Windows:
         self._open: dict[tuple[int, int, int], _Window] = {}
         self._ahead: deque[tuple[int, int]] = deque()
         self._ahead_rows, self._ahead_limit = 0, ahead_bytes // store.spec.nbytes
-        self._room, self._free = plan.largest_window(lanes), []
+        self._rooms = _Rooms(plan.largest_window(lanes), store.spec.nbytes, len(lanes))
         far = source is None and not storage.is_local(store.uri)
         self._pool = ThreadPoolExecutor(REMOTE_THREADS if far else LOCAL_THREADS, thread_name_prefix="row-groups")
 
@@ -126,12 +150,10 @@ class Windows:
                 opened.parts[-1].result()
                 opened.parts.pop()
             # Of the modes, `clip` alone writes to `out` without a copy in between.
-            np.take(opened.crops, opened.drawn[start:stop], axis=0, out=out[at : at + stop - start], mode="clip")
+            opened.crops.take(opened.drawn[start:stop], axis=0, out=out[at : at + stop - start], mode="clip")
             at += stop - start
         for key in [key for key, opened in self._open.items() if opened.last_step <= k]:
-            self._free.append(self._open.pop(key).crops)
-        # Between two epochs all lanes have two windows open; what that took is given back.
-        del self._free[_KEPT:]
+            self._rooms.free(self._open.pop(key).crops)
 
     def close(self) -> None:
         """Read no more."""
@@ -152,7 +174,7 @@ class Windows:
         return self._ahead_rows < self._ahead_limit and self._source.ready()
 
     def _start(self, read: WindowRead, rows: np.ndarray) -> None:
-        crops = self._free.pop() if self._free else np.empty((self._room, self._store.spec.nbytes), np.uint8)
+        crops = self._rooms.take(rows.shape[1])
         drawn, parts, first = np.zeros(rows.shape[1], np.intp), [], 0
         for group in read.row_groups:
             draws = np.flatnonzero(rows[0] == group)
@@ -180,5 +202,5 @@ class Windows:
             if end - at == len(crops):
                 out[at:end] = crops
             elif end > at:
-                np.take(crops, rows[at:end] - first, axis=0, out=out[at:end], mode="clip")
+                crops.take(rows[at:end] - first, axis=0, out=out[at:end], mode="clip")
             first, at = first + len(crops), end
