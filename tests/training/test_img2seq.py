@@ -268,7 +268,7 @@ def test_a_gaussian_posterior_is_found(tmp_path: Any) -> None:
         lower, upper = said.interval(level)
         inside = ((truth >= lower[:, :7]) & (truth <= upper[:, :7])).double().mean().item()
         assert inside == pytest.approx(level, abs=0.03)
-        assert stated[str(level)] == pytest.approx(level, abs=0.04)
+        assert stated.coverage[str(level)] == pytest.approx(level, abs=0.04)
         width = (upper - lower)[:, :7].double().mean(0)
         wanted = 2 * stats.norm.ppf(0.5 + level / 2) * data.covariance().diagonal().sqrt()
         torch.testing.assert_close(width, wanted, rtol=0.2, atol=0)
@@ -319,7 +319,7 @@ class TestStatistics:
 def test_correlations_are_numpys() -> None:
     first, second = torch.randn(2, 30, 4)
     second[:, 3] = 1.0
-    found = correlations((first, second))
+    found = correlations(first, second)
     for gene in range(3):
         assert found[gene].item() == pytest.approx(np.corrcoef(first[:, gene], second[:, gene])[0, 1], abs=1e-5)
     assert found[3].isnan()
@@ -355,10 +355,7 @@ def test_intervals_cover_whatever_the_network_is_worth(name: str) -> None:
     """An untrained network's intervals, on cells that it was not calibrated on."""
     made = objective(name)
     network = made.networks()[NAME]
-    shares = [
-        Share(0, each.positions, {key: value.double() for key, value in each.tensors.items()})
-        for each in held_out(name, 200)
-    ]
-    stated = calibrate(network, shares, seed=0)
-    for level, covered in stated.items():
+    found = calibrate(network, held_out(name, 200), seed=0)
+    assert found.cells == 200 and -1 <= found.correlation <= 1
+    for level, covered in found.coverage.items():
         assert float(level) - 0.03 < covered < float(level) + 0.12  # counts are lumpy: intervals hold more than asked
