@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from cosmic_ray.evaluation.generated import GeneratedExpression
 
 _CHOOSING = 5
-"""One of so many train cells (whole groups of the split) chooses the epoch, so that val is held out of that, too."""
+"""One of so many train cells chooses the epoch, so that val is held out of that, too: whole groups of the split, where
+there are as many."""
 
 
 def image_accuracy(inputs: Inputs, types: np.ndarray) -> dict[str, Any] | None:
@@ -28,8 +29,9 @@ def image_accuracy(inputs: Inputs, types: np.ndarray) -> dict[str, Any] | None:
     if known is None:
         return None
     labels = inputs.column(job.cell_type, fitting), inputs.column(job.cell_type, choosing)
+    settings = job.classifier.model_copy(update={"size": max(16, min(job.classifier.size, crops.spec.height))})
     model = CellTypeClassifier.fit(
-        crops.crops(fitting), labels[0], crops.crops(choosing), labels[1], job.classifier, device=_device(job.device)
+        crops.crops(fitting), labels[0], crops.crops(choosing), labels[1], settings, device=_device(job.device)
     )
     real = model.score(crops.crops(inputs.pictured[known]), types[known])
     rounds = [model.score(each.store.crops(each.rows[known, 0]), types[known]) for each in inputs.rounds]
@@ -69,9 +71,11 @@ def expression_accuracy(inputs: Inputs, made: GeneratedExpression, real: Real) -
 def _parts(inputs: Inputs, types: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Train rows to fit on, train rows to choose on, and the places of judged cells whose type was fitted (None where
     there are not two types)."""
-    groups = np.unique(inputs.split.group_codes[inputs.train])
-    drawn = np.random.default_rng(inputs.job.seed).permutation(groups)[: max(1, len(groups) // _CHOOSING)]
-    choosing = np.isin(inputs.split.group_codes[inputs.train], drawn)
+    of = inputs.split.group_codes[inputs.train]
+    if len(np.unique(of)) < _CHOOSING:  # whole groups would be too much of train
+        of = np.arange(len(inputs.train))
+    groups = np.unique(of)
+    choosing = np.isin(of, np.random.default_rng(inputs.job.seed).permutation(groups)[: len(groups) // _CHOOSING])
     labels = inputs.column(inputs.job.cell_type, inputs.train)
     fitted = set(labels[~choosing]) - {""}
     usable = np.isin(labels, list(fitted))

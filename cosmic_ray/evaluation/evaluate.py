@@ -191,6 +191,7 @@ def _images(inputs: Inputs) -> dict[str, Any]:
         "groups": images.distances(embedded, images.groups_of(types), job.seed),
         "near_train": near,
         "near_train_of_real": images.NEAR,
+        "train_searched": [len(inputs.train), len(inputs.split.rows("train"))],
         "accuracy": image_accuracy(inputs, types),
     }
 

@@ -62,7 +62,7 @@ class Evaluate(Job):
 
     classifier: ClassifierSettings = ClassifierSettings()
     """How the cell-type classifiers are trained: on real train cells alone, a fifth of them held out to choose the
-    epoch."""
+    epoch. Images smaller than `size` stay as they are."""
 
     train_cells: Annotated[int, Field(ge=20)] = 10_000
     """At most so many train cells, drawn with `seed`, for classifiers, means of train and the search for copies."""

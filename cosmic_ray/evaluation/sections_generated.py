@@ -115,13 +115,14 @@ def _images(name: str, found: Mapping[str, Any]) -> Section:
         for group, about in found["groups"].items()
         for metric in _METRICS
     ]
-    near = found["near_train"]
+    near, searched = found["near_train"], found["train_searched"]
     notes = [
         f"{found['rounds']} rounds of generation, {found['samples']} samples a cell; intervals are over rounds and "
         "know nothing of other cells or of models trained anew. No generator is expected to reach 1 or 0: the last "
         "column is what other real cells get, and the one before it generated ones at the same sizes.",
-        f"Copies: {_over_rounds(near)} of the generated images are nearer to a train cell than "
-        f"{found['near_train_of_real']:.0%} of real held-out cells are.",
+        f"Copies: a share of {_over_rounds(near)} of the generated images is as near to a train cell as the nearest "
+        f"{found['near_train_of_real']:.0%} of real held-out cells are ({searched[0]:,} of {searched[1]:,} train cells "
+        "were looked through).",
     ]
     if accuracy := found.get("accuracy"):
         notes.append(

@@ -16,6 +16,7 @@ from cosmic_ray import output, storage
 from cosmic_ray.errors import DataError, JobError
 from cosmic_ray.evaluation.job import Evaluate
 from cosmic_ray.stores.crops import CropStore
+from cosmic_ray.stores.split import MakeSplit, Split
 
 FAST = {"epochs": 25, "lr": 3e-3, "batch": 32, "size": 16}
 
@@ -39,7 +40,9 @@ def samples(types: np.ndarray, seed: int, count: int = 10) -> np.ndarray:
 def evaluated(world: World, out: Path | str, **keys: Any) -> dict[str, Any]:
     given = {"fm": world.fm} if keys.get("images") else {}
     job = Evaluate(
-        out=str(out), cells=world.cells.uri, split=world.split.uri, classifier=FAST, device="cpu", **(given | keys)
+        **{"out": str(out), "cells": world.cells.uri, "split": world.split.uri, "classifier": FAST, "device": "cpu"}
+        | given
+        | keys
     )
     job.check()
     return job.run()
@@ -288,3 +291,35 @@ def test_every_opening_of_test_is_counted(world, tmp_path):
     assert len(storage.listing(storage.join(split, "opened"), "*.json")) == 2
     output_val = evaluated(world, tmp_path / "val", expression=seen_by(world, "m-val"))
     assert output_val["opened"] is None and len(storage.listing(storage.join(split, "opened"), "*.json")) == 2
+
+
+def test_a_split_of_few_groups_still_leaves_train_cells_to_fit_and_to_choose_on(world, tmp_path):
+    MakeSplit(
+        store=world.cells.uri,
+        out=str(tmp_path / "split"),
+        by=["batch"],
+        fractions={"train": 0.5, "val": 0.5, "test": 0},
+        near_duplicates={"crops": None, "fields": None},
+        seed=5,
+    ).run()
+    split = Split.open(str(tmp_path / "split"), world.cells)
+    assert len(np.unique(split.group_codes[split.rows("train")])) == 1
+    rows = split.rows("val")
+    model = world.model("m-batch", 3, split={"uri": split.uri, "content_hash": split.content_hash})
+    uri = world.expression("by-batch", rows, world.log(rows), model)
+    found = evaluated(world, tmp_path / "out", expression=uri, split=split.uri)
+    accuracy = found["expression"]["accuracy"]
+    assert accuracy["train_cells"] == 132 and accuracy["real"]["accuracy"] > 0.9
+
+
+@pytest.mark.slow
+def test_generated_expression_and_openings_lie_on_s3_too(world, s3):
+    rows = world.rows("test")
+    local = Path(world.expression("s3", rows, world.log(rows)), "expression.h5ad").read_bytes()
+    storage.write_bytes(f"{s3}/made/expression.h5ad", local)
+    for name in ("manifest.json", "codes.parquet"):
+        storage.write_bytes(f"{s3}/split/{name}", Path(world.split.uri, name).read_bytes())
+    found = evaluated(world, f"{s3}/out", expression=f"{s3}/made", split=f"{s3}/split", part="test")
+    assert found["expression"]["pearson"] > 0.99 and found["opened"]["others"] == []
+    assert len(storage.listing(f"{s3}/split/opened", "*.json")) == 1
+    assert storage.exists(f"{s3}/out/genes.parquet")
