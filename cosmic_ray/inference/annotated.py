@@ -1,4 +1,4 @@
-"""Embeddings as AnnData: `embeddings.h5ad` with the store's metadata beside each crop's embedding."""
+"""Embeddings as AnnData: `embeddings.h5ad` with the store's metadata beside each row's embedding."""
 
 from __future__ import annotations
 
@@ -10,18 +10,25 @@ import numpy as np
 from cosmic_ray import storage
 from cosmic_ray.errors import DataError
 from cosmic_ray.inference import h5ad
-from cosmic_ray.inference.parts import matrix, part_uri, read_part
+from cosmic_ray.stores.cells import CellStore
 from cosmic_ray.stores.crops import CropStore
+from cosmic_ray.stores.embeddings import id_column, matrix, part_uri, read_part
 from cosmic_ray.stores.split import PARTS
 
 if TYPE_CHECKING:
     import pandas as pd
+    import pyarrow as pa
 
 NAME = "embeddings.h5ad"
 
 
 def write_h5ad(
-    out: str, parts: Sequence[Mapping[str, Any]], width: int, store: CropStore, codes: np.ndarray | None, uns: Mapping
+    out: str,
+    parts: Sequence[Mapping[str, Any]],
+    width: int,
+    store: CropStore | CellStore,
+    codes: np.ndarray | None,
+    uns: Mapping,
 ) -> None:
     """Write `<out>/embeddings.h5ad`: X float32 (N, D) in store order, obs the store's columns, uns the lineage.
 
@@ -33,23 +40,37 @@ def write_h5ad(
     """
     import pandas as pd
 
-    obs, var = _obs(store, codes), pd.DataFrame(index=[f"e{number}" for number in range(width)])
+    name = id_column(store)
+    obs, var = _obs(store, name, codes), pd.DataFrame(index=[f"e{number}" for number in range(width)])
     with h5ad.written(storage.join(out, NAME), obs, var, uns) as file:
         x = h5ad.dense(file, "X", (len(obs), width))
         row = 0
         for facts in parts:
             table = read_part(out, facts)
-            if not np.array_equal(table["crop_id"].to_numpy(), obs.index[row : row + len(table)]):
+            if not np.array_equal(table[name].to_numpy(), obs.index[row : row + len(table)]):
                 raise DataError(part_uri(out, facts["part"]), "its rows are not the store's", "delete it and run again")
-            x[row : row + len(table)] = matrix(table["embedding"])
+            x[row : row + len(table)] = matrix(table, (width,))
             row += len(table)
 
 
-def _obs(store: CropStore, codes: np.ndarray | None) -> pd.DataFrame:
+def _obs(store: CropStore | CellStore, name: str, codes: np.ndarray | None) -> pd.DataFrame:
     import pandas as pd
 
-    table = store.metadata([name for name in store.columns if name != "image"])
-    columns = {name: h5ad.series(table[name]) for name in table.column_names if name != "crop_id"}
+    table = _about(store)
+    columns = {column: h5ad.series(table[column]) for column in table.column_names if column != name}
     if codes is not None:
         columns["split"] = pd.Categorical.from_codes(codes.astype(np.int8), list(PARTS))
-    return pd.DataFrame(columns, index=pd.Index(table["crop_id"].to_numpy(zero_copy_only=False), dtype=object))
+    return pd.DataFrame(columns, index=pd.Index(table[name].to_numpy(zero_copy_only=False), dtype=object))
+
+
+def _about(store: CropStore | CellStore) -> pa.Table:
+    """All columns of a store but `image`; of a cell store those of its crops beside its own."""
+    if isinstance(store, CropStore):
+        return store.metadata([name for name in store.columns if name != "image"])
+    table = store.obs()
+    if store.manifest.images is None:
+        return table
+    theirs = store.crops.metadata([name for name in store.columns if name not in (*table.column_names, "image")])
+    for name in theirs.column_names:
+        table = table.append_column(name, theirs[name])
+    return table

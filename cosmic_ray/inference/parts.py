@@ -28,7 +28,7 @@ from cosmic_ray.stores.split import Split
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
-    from cosmic_ray.inference.tokens import TokenEncoder
+    from cosmic_ray.registry.kinds.encoder import Encoder
     from cosmic_ray.registry.kinds.transcriptome_encoder import TranscriptomeEncoder
     from cosmic_ray.registry.model import Precision
 
@@ -64,16 +64,15 @@ class EmbedParts(PartsActor[Work]):
 
     def open(self) -> None:
         """The model, the store, the split."""
-        from cosmic_ray.inference.tokens import TokenEncoder
-        from cosmic_ray.registry.kinds.transcriptome_encoder import TranscriptomeEncoder
+        from cosmic_ray.registry.kinds import KINDS
         from cosmic_ray.registry.package import read_model
 
         work = self.work
         stored, self._store = read_model(work.model), open_store(work.store)
         if stored.config.digest != work.digest:
             raise DataError(work.model, "the model was replaced while it was in use", "choose another out")
-        kind = TranscriptomeEncoder if stored.config.kind == "transcriptome-encoder" else TokenEncoder
-        self._model, self._codes = kind(stored, work.device), split_codes(work.split, self._store)
+        self._model = KINDS[stored.config.kind](stored, work.device)
+        self._codes = split_codes(work.split, self._store)
 
     def make(self, part: int) -> dict[str, Any]:
         """See `embed_part`."""
@@ -83,7 +82,7 @@ class EmbedParts(PartsActor[Work]):
 def embed_part(
     work: Work,
     part: int,
-    model: TokenEncoder | TranscriptomeEncoder,
+    model: Encoder | TranscriptomeEncoder,
     store: CropStore | CellStore,
     codes: np.ndarray | None,
 ) -> dict[str, Any]:
@@ -135,7 +134,7 @@ def split_codes(uri: str | None, store: CropStore | CellStore) -> np.ndarray | N
 
 
 def _ways(
-    work: Work, model: TokenEncoder | TranscriptomeEncoder, store: CropStore | CellStore
+    work: Work, model: Encoder | TranscriptomeEncoder, store: CropStore | CellStore
 ) -> tuple[Reader, Callable[[Rows], np.ndarray]]:
     """How a row group is read: ids, and images or counts; and how these are embedded."""
     name = id_column(store)

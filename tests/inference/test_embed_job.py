@@ -9,22 +9,28 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import anndata
 import numpy as np
 import pyarrow as pa
 import pytest
+import timm
 import torch
-from tiny_encoder import SIDE, export
+from making_cell_stores import cells_of
+from scipy.sparse import csr_matrix
+from tiny_encoder import SIDE, encoder, export
 
 import cosmic_ray
 from cosmic_ray import storage
 from cosmic_ray.errors import DataError, JobError
 from cosmic_ray.inference.embed import Embed
 from cosmic_ray.inference.parts import Work, embed_part
-from cosmic_ray.inference.read import Embeddings
+from cosmic_ray.models.transcriptome import TranscriptomeSpec, build_transcriptome
+from cosmic_ray.registry.package import read_model, write_model
 from cosmic_ray.registry.register import register_model
+from cosmic_ray.stores.embeddings import Embeddings
 from cosmic_ray.stores.split import PARTS, MakeSplit, Split
 
 ROWS = 75
@@ -254,3 +260,119 @@ def test_of_several_channels_the_order_counts(crop_store, tmp_path):
     export(folder, channels=2, input={"channels": ["channel-1", "channel-0"], **spec})
     with pytest.raises(JobError, match="takes channels"):
         Embed(store=store.uri, model=folder, out=str(tmp_path / "out")).check()
+
+
+def test_the_last_block_makes_the_embedding_of_the_tokens(crop_store, tmp_path):
+    """What stage 1 of the published img2seq trains: block, norm, mean over the patches' tokens."""
+    store, model = crop_store(20), str(tmp_path / "model")
+    kwargs = {**encoder()[0], "fc_norm": False}  # as our training exports them
+    export(model, network=kwargs, state_dict=timm.create_model(**kwargs).state_dict())
+    tokens = cosmic_ray.load_model(model, device="cpu").tokens(store.crops(np.arange(20)), batch_size=8)
+    assert tokens.dtype == np.float16 and tokens.shape == (20, 1 + 16, 24)
+    network = read_model(model).network()
+    with torch.no_grad():
+        made = network.norm(network.blocks[-1](torch.from_numpy(tokens).float()))[:, 1:].mean(1).numpy()
+    wanted = in_process(model, store)
+    np.testing.assert_allclose(made, wanted, rtol=0, atol=2e-3)
+    assert np.abs(wanted - wanted.mean(0)).max() > 0.1
+    assert np.abs(tokens.astype(np.float32)[:, 1:].mean(1) - wanted).max() > 0.1
+
+
+@pytest.mark.slow
+def test_tokens_of_a_store_as_they_are_read(ray_local, crop_store, model, tmp_path):
+    store, out = crop_store(ROWS), str(tmp_path / "out")
+    job(store, model, out, output="tokens").run()
+    found = Embeddings.open(out)
+    assert found.shape == (17, 24) and found.width == 24 and len(found) == ROWS
+    wanted = cosmic_ray.load_model(model, device="cpu").tokens(store.crops(np.arange(ROWS)), batch_size=8)
+    np.testing.assert_array_equal(found.vectors(), wanted)
+    rows = np.array([74, 3, 3, 40])
+    np.testing.assert_array_equal(found.vectors(rows), wanted[rows])
+    assert not Path(out, "embeddings.h5ad").exists()
+    part = next(found.parts())
+    assert part.schema.field("tokens").type == pa.list_(pa.float16(), 17 * 24)
+
+
+def test_tokens_that_float16_cannot_hold_are_named(crop_store, model, tmp_path):
+    weights = read_model(model).tensors()
+    weights["pos_embed"] = weights["pos_embed"] + 1e6
+    hot = str(tmp_path / "hot")
+    export(hot, state_dict=weights)
+    store = crop_store(20)
+    work = Work(store.uri, str(tmp_path / "out"), hot, "", None, 16, 8, "float32", "cpu", "tokens")
+    with pytest.raises(DataError, match=r"near row 0: the tokens of crop 0 is not finite"):
+        embed_part(work, 0, cosmic_ray.load_model(hot, device="cpu"), store, None)
+    assert not Path(tmp_path, "out").exists()
+
+
+def test_an_anndata_holds_no_tokens(crop_store, model, tmp_path):
+    with pytest.raises(ValueError, match="holds no tokens"):
+        job(crop_store(8), model, str(tmp_path / "out"), output="tokens", anndata=True)
+
+
+@pytest.fixture
+def cell_store(crop_store, tmp_path):
+    counts = csr_matrix(np.random.default_rng(3).poisson(1.5, (ROWS, 12)))
+    return cells_of(str(tmp_path / "cells"), counts, crops=crop_store(ROWS))
+
+
+def export_expression(folder: str, genes: list[str], method: str = "pca") -> str:
+    """An untrained transcriptome encoder of width 5."""
+    spec = TranscriptomeSpec(method, len(genes), 5, hidden=8, target_total=20.0)
+    torch.manual_seed(0)
+    network = build_transcriptome(spec)
+    if method == "pca":
+        network.axes.normal_()
+    facts = {"network": asdict(spec), "genes": genes, "total_genes": None, "batches": ["a"]}
+    about = {"lineage": {"job": "test"}, "card": "", "simulated": True}
+    write_model(folder, "transcriptome-encoder", facts, network.state_dict(), **about)
+    return folder
+
+
+@pytest.mark.slow
+def test_a_cell_store_by_its_images_and_by_its_expression(ray_local, cell_store, model, tmp_path):
+    images = job(cell_store, model, str(tmp_path / "images"), workers=2)
+    assert images.run()["cells_per_s"] > 0
+    features = Embeddings.open(images.out)
+    np.testing.assert_array_equal(features.vectors(), in_process(model, cell_store.crops))
+    crops_hash = cell_store.crops.content_hash
+    whole = {"uri": cell_store.uri, "content_hash": cell_store.content_hash, "crops_hash": crops_hash}
+    assert features.lineage["store"] == whole
+    features.require(cell_store)
+    features.require(cell_store.crops)
+    ids = cell_store.obs(["cell_id"])["cell_id"].to_pylist()
+    assert pa.concat_tables(features.parts())["cell_id"].to_pylist() == ids
+    found = annotated(images.out, tmp_path)
+    assert found.obs_names.tolist() == ids
+    assert found.obs["batch"].tolist() == cell_store.obs(["batch"])["batch"].to_pylist()
+    assert found.obs["plate"].tolist() == cell_store.crops.metadata(["plate"])["plate"].to_pylist()
+    folder = export_expression(str(tmp_path / "expression"), [f"g{gene}" for gene in (7, 2, 11)])
+    expression = job(cell_store, folder, str(tmp_path / "latents"))
+    expression.run()
+    latents = Embeddings.open(expression.out)
+    wanted = cosmic_ray.load_model(folder, device="cpu").embed(cell_store.to_anndata())
+    np.testing.assert_allclose(latents.vectors(), wanted, rtol=0, atol=1e-6)
+    assert wanted.std(0).min() > 0.1
+    latents.require(cell_store)
+    assert annotated(expression.out, tmp_path).shape == (ROWS, 5)
+
+
+def test_models_that_do_not_take_the_stores_rows_are_refused(crop_store, cell_store, model, tmp_path):
+    out, genes = str(tmp_path / "out"), [f"g{gene}" for gene in range(3)]
+    pca = export_expression(str(tmp_path / "pca"), genes)
+    scvi = export_expression(str(tmp_path / "scvi"), genes, "scvi")
+    lacking = export_expression(str(tmp_path / "lacking"), [*genes, "g99"])
+    counts = csr_matrix(np.ones((9, 12)) * 0.5)
+    soft = cells_of(str(tmp_path / "soft"), counts, values="soft")
+    job(cell_store, scvi, out).check()
+    job(soft, pca, out).check()
+    for store, folder, changes, key, says in (
+        (crop_store(8), pca, {}, "model", "takes expression; this is a crop store"),
+        (soft, scvi, {}, "model", "takes raw counts; the store holds soft"),
+        (cell_store, lacking, {}, "model", "1 of 4 genes are missing: g99"),
+        (soft, model, {}, "store", "these cells have no images"),
+        (cell_store, pca, {"output": "tokens"}, "output", "has no tokens"),
+    ):
+        with pytest.raises(JobError, match=says) as refused:
+            job(store, folder, out, **changes).check()
+        assert refused.value.key == key
