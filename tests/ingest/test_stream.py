@@ -11,15 +11,18 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+import pyarrow as pa
 import pytest
 import torch
 from faulty import FaultyProxy
 
 from cosmic_ray import storage
 from cosmic_ray.errors import DataError, JobError, NotFoundError
+from cosmic_ray.ingest.chunks import read_chunks
 from cosmic_ray.ingest.plan import Plan
 from cosmic_ray.ingest.selection import Selection
 from cosmic_ray.ingest.stream import Batch, batches, plain_batches
+from cosmic_ray.ingest.windows import Here, Stored, Windows
 from cosmic_ray.stores.crops import CropStore
 
 Stream = Callable[..., Iterator[Batch]]
@@ -167,6 +170,49 @@ def test_a_damaged_shard_is_named_through_ray(store: CropStore, ray_local: None)
             came.append(batch.step)
     assert type(caught.value) is NotFoundError and caught.value.uri == shard and "missing" in caught.value.problem
     assert came == list(range(len(came))) and came
+
+
+def test_a_row_group_damaged_on_its_way_is_read_again(store: CropStore, capsys: pytest.CaptureFixture) -> None:
+    """Storage is whole: the run goes on, and says so."""
+    plan = make_plan(store)
+
+    class Spoiling(Here):
+        asked = 0
+
+        def ask(self, group: int) -> Callable[[], Stored]:
+            self.asked += 1
+            data = bytearray(super().ask(group)().data)
+            data[len(data) // 2] ^= self.asked == 3
+            return lambda: Stored(bytes(data))
+
+    windows = Windows(store, plan, range(4), 0, plan.steps(1), source=Spoiling(store))
+    for k in range(plan.steps(1)):
+        out = np.empty((len(plan.positions(k, range(4))), store.spec.nbytes), np.uint8)
+        windows.fill(k, out)
+        assert np.array_equal(out.reshape(-1, *store.spec.shape), expected(store, plan, k, range(4)))
+    windows.close()
+    captured = capsys.readouterr()
+    assert (captured.out + captured.err).count("it was read again") == 1
+
+
+def test_chunks_hold_the_row_groups_in_the_order_of_need(store: CropStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the sizes of the chunks, and from the middle of the stream, too; their memory is used again."""
+    plan = make_plan(store)
+    groups = [group for read in plan.reads(range(4), 2, plan.steps(2)) for group in read.row_groups]
+    for nbytes, ahead, skip in ((1, 1, 0), (20_000, 50_000, 0), (2**20, 2**20, 7)):
+        monkeypatch.setattr("cosmic_ray.ingest.chunks.CHUNK_BYTES", nbytes)
+        came = []
+        for chunk in read_chunks(pa.table({}), store.uri, plan, range(4), 2, plan.steps(2), skip, ahead):
+            row = chunk.to_pylist()[0]
+            assert row["error"] == "" and row["first"] == skip + len(came)
+            at = 0
+            for group, size, footer in zip(row["row_groups"], row["sizes"][::2], row["sizes"][1::2], strict=True):
+                assert row["stored"][at : at + size] == store.stored(group)
+                at += size + footer
+                assert row["stored"][at - footer : at] == store.stored_footer(store.row_groups[group].shard)
+                came.append(group)
+            assert at == len(row["stored"])
+        assert came == groups[skip:]
 
 
 def test_another_store_is_refused(store: CropStore, crop_store: Callable[..., CropStore], stream: Stream) -> None:
