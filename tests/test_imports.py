@@ -27,6 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ingest": BASE | {"stores"},
     "registry": BASE | {"stores", "ingest", "models"},
     "training": BASE | {"reach", "stores", "ingest", "models", "registry"},
+    "transcriptome": BASE | {"stores", "models", "registry"},
     "inference": BASE | {"stores", "ingest", "models", "registry"},
     "evaluation": BASE | {"stores", "ingest", "models", "registry", "inference"},
 }
