@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "faults"))
 
 import numpy as np
 from ledger import Ledger
-from nodes_run import Nodes
+from nodes_run import SCALING, Nodes
 from training_jobs import Crops
 
 from cosmic_ray.evaluation.figures import PALETTE
@@ -50,7 +50,6 @@ JOB = {
     "checkpoint": {"every": EVERY},
     "pause_s": 0.1,
 }
-SCALING = {"cpus_per_worker": 0.5, "cpus_per_reader": 0.25, "hang_timeout_s": 60.0, "grow_every_s": 1.0}
 NOTICED = "starting the workers again|; saved after step|crops to train on"
 FLOOR = 1e-17
 """Where the picture draws differences of 0."""

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from ray.cluster_utils import Cluster
 
 NODE = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
+SCALING = {"cpus_per_worker": 0.5, "cpus_per_reader": 0.25, "hang_timeout_s": 60.0, "grow_every_s": 1.0}
+"""Of a job whose workers fit one to a node."""
 PATIENCE_S = 200
 
 

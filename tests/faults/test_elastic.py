@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from ledger import Ledger, LedgerJob
-from nodes_run import Nodes
+from nodes_run import SCALING, Nodes
 from training_jobs import Crops, plain
 
 from cosmic_ray.training import checkpoint
@@ -27,7 +27,6 @@ ELASTIC = {
     "checkpoint": {"every": EVERY},
     "pause_s": 0.1,
 }
-SCALING = {"cpus_per_worker": 0.5, "cpus_per_reader": 0.25, "hang_timeout_s": 60.0, "grow_every_s": 1.0}
 
 
 @pytest.fixture(scope="module")
