@@ -130,6 +130,7 @@ def test_a_changed_config_is_refused(tmp_path, kind, change):
         ("seq2img", {"network": {"class": "os.system"}}, "network"),
         ("seq2img", {"network": {"image_size": 10**9}}, "less than or equal to 4096"),
         ("seq2img", {"network": {"widths": [8] * 1000}}, "at most 8"),
+        ("seq2img", {"network": {"depths": [1, 10**6]}}, "less than or equal to 64"),
         ("seq2img", {"network": {"condition_size": 7}}, "network takes latents of 7"),
         ("seq2img", {"network": {"channels": 3}}, "network makes 3 channels"),
         ("seq2img", {"recipe": "paper"}, "not one of recipe 'paper'"),

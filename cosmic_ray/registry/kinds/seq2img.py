@@ -33,7 +33,7 @@ class UNetFields(Config):
 
     image_size: Width
     widths: Levels
-    depths: Levels
+    depths: Annotated[tuple[Annotated[int, Field(ge=1, le=64)], ...], Field(min_length=1, max_length=8)]
     attention_from: int = Field(ge=0)
     condition_size: int = Field(ge=1, le=2**20)
     channels: Width
