@@ -93,7 +93,7 @@ def _search(job: Tune, output: Output, tracking: Tracked) -> None:
                 resources_per_trial={"CPU": DRIVER_CPUS},
                 num_samples=-1,
                 search_alg=_Proposer(job, trials, stop),
-                scheduler=_scheduler(job, trials),
+                scheduler=_scheduler(job, trials, bell),
                 storage_path=folder,
                 verbose=0,
                 callbacks=[follower],
@@ -149,25 +149,44 @@ class _Proposer(Searcher):
         return number
 
 
-def _scheduler(job: Tune, trials: Trials) -> TrialScheduler:
+class _Asha(AsyncHyperBandScheduler):
+    """ASHA that asks a bad trial to end. Ray Tune would end it in the midst, and start the next one beside what is left
+    of it; in the search's last seconds it would kill it."""
+
+    def __init__(self, job: Tune, bell: Any):
+        super().__init__(
+            time_attr="step",
+            metric="value",
+            mode=job.mode,
+            max_t=_FAR,
+            grace_period=job.asha.grace,
+            reduction_factor=job.asha.reduction,
+            stop_last_trials=False,
+        )
+        self._bell = bell
+
+    def tell(self, trial: Trial) -> None:
+        """What a trial that has ended gave."""
+        past = SimpleNamespace(trial_id=trial.name)
+        self.on_trial_add(None, past)
+        for step, value in trial.values:
+            super().on_trial_result(None, past, {"step": step, "value": value})
+        self.on_trial_remove(None, past)
+
+    def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Go on; a bad trial hears at its next step that it is to end."""
+        if super().on_trial_result(controller, trial, result) == TrialScheduler.STOP:
+            ray.get(self._bell.ring.remote(trial.config["number"]))
+        return TrialScheduler.CONTINUE
+
+
+def _scheduler(job: Tune, trials: Trials, bell: Any) -> TrialScheduler:
     """ASHA, told what the trials that ended gave."""
     if job.asha is None:
         return FIFOScheduler()
-    asha = AsyncHyperBandScheduler(
-        time_attr="step",
-        metric="value",
-        mode=job.mode,
-        max_t=_FAR,
-        grace_period=job.asha.grace,
-        reduction_factor=job.asha.reduction,
-        stop_last_trials=False,
-    )
+    asha = _Asha(job, bell)
     for trial in trials.ended():
-        as_tune_has_it = SimpleNamespace(trial_id=trial.name)
-        asha.on_trial_add(None, as_tune_has_it)
-        for step, value in trial.values:
-            asha.on_trial_result(None, as_tune_has_it, {"step": step, "value": value})
-        asha.on_trial_remove(None, as_tune_has_it)
+        asha.tell(trial)
     return asha
 
 
@@ -198,12 +217,12 @@ class _Follower(tune.Callback):
             ray.get(self._bell.ring.remote())
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
-        """A value, or the end, or both: a trial that ASHA stops is marked as done here."""
+        """A value, or the end, told with the last value."""
         known = self._trials[trial.config["number"]]
         if "step" in result:
             known = known.with_value(result["step"], result["value"])
         if result.get("done"):
-            known = self._ended(known, result.get("ending", "stopped"), result.get("error"))
+            known = self._ended(known, result["ending"], result["error"])
         self._keep(known)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -268,16 +287,21 @@ def _require_room(job: Tune, found: cluster.Resources) -> None:
     """See that as many trials as asked for fit beside each other; each one's own needs are checked as it starts."""
     scaling = job.base.scaling
     gpus = scaling.gpus_per_worker if scaling.gpus_per_worker is not None else float(found.gpus > 0)
-    nodes = sorted(found.node_cpus, reverse=True)
-    nodes[0] -= DRIVER_CPUS * job.concurrent
-    at_once = room.fits(({"CPU": cpus} for cpus in nodes), room.bundle(scaling, 0)) // scaling.fewest
-    if gpus:
-        at_once = min(at_once, int(found.gpus / (gpus * scaling.fewest)))
+    each = room.bundle(scaling, 0)
+
+    def fit(trials: int) -> bool:
+        first, *others = sorted(found.node_cpus, reverse=True)
+        nodes = [first - DRIVER_CPUS * trials, *others]
+        enough_gpus = gpus * scaling.fewest * trials <= found.gpus
+        return enough_gpus and room.fits(({"CPU": cpus} for cpus in nodes), each) >= scaling.fewest * trials
+
+    at_once = next(trials for trials in range(job.concurrent, -1, -1) if fit(trials))
     if at_once < job.concurrent:
-        each = (
-            f"{scaling.fewest} workers of {' and '.join(f'{n:g} {k}s' for k, n in room.bundle(scaling, gpus).items())}"
+        shown = " and ".join(f"{amount:g} {name}s" for name, amount in room.bundle(scaling, gpus).items())
+        problem = (
+            f"a trial has {scaling.fewest} workers of {shown}, beside {DRIVER_CPUS:g} CPUs to drive it; "
+            f"there is room for {at_once}"
         )
-        problem = f"a trial has {each}, beside {DRIVER_CPUS:g} CPUs to drive it; there is room for {at_once}"
         remedy = f"concurrent={at_once}" if at_once else "a smaller job.scaling.cpus_per_worker"
         raise JobError("concurrent", job.concurrent, problem, remedy)
 

@@ -37,6 +37,7 @@ class Range(Config):
         if sum(getattr(self, name) is not None for name in Range.model_fields) != 1:
             raise ValueError("exactly one of log, uniform, int, choice says what the values are")
         if self.choice is not None:
+            _require_json(self.choice)
             if any(value in self.choice[:place] for place, value in enumerate(self.choice)):
                 raise ValueError("a choice stands twice")
             return self
@@ -70,6 +71,14 @@ class Range(Config):
     def drawn(self, value: Any) -> Any:
         """The draw from `distribution` that gave `value`."""
         return value if self.choice is None else self.choice.index(value)
+
+
+def _require_json(values: Any) -> None:
+    """Raise ValueError for what a job's record cannot hold: dates, and numbers that are not finite."""
+    try:
+        json.dumps(values, allow_nan=False)
+    except TypeError as error:
+        raise ValueError(str(error)) from None
 
 
 def flat(space: Any) -> Any:

@@ -37,26 +37,28 @@ _LOOK_S = {True: 0.5, False: 5.0}
 
 @ray.remote(num_cpus=0)
 class Bell:
-    """Rung when the whole search is to stop: trials look at it, since a call to one would wait for its next value."""
+    """Rung when a trial, or all of them, are to end. Trials look at it: a call to one would wait for its next value."""
 
     def __init__(self) -> None:
-        self._rung = False
+        self._rung: set[int | None] = set()
 
-    def ring(self) -> None:
-        self._rung = True
+    def ring(self, number: int | None = None) -> None:
+        """For a trial, which then has `stopped`; without one for all, which then are `interrupted`."""
+        self._rung.add(number)
 
-    def rung(self) -> bool:
-        return self._rung
+    def rung(self, number: int) -> str | None:
+        """What the trial is to end as; None while it is to go on."""
+        return "interrupted" if None in self._rung else "stopped" if number in self._rung else None
 
 
 class TrialRun(tune.Trainable):
     """One trial. Every step of Tune's is one evaluation: `step` (of the training) and `value`; the last result is
-    `done`, with its `ending`: finished, interrupted, failed, and in that case its `error`; or unusable, where no trial
-    of this search can have a value."""
+    `done`, with its `ending` and, where there is one, its `error`: finished, stopped, interrupted, failed; or unusable,
+    where no trial of this search can have a value."""
 
     def setup(self, config: dict[str, Any], bell: Any, metric: str, environment: Mapping[str, str]) -> None:
         """Start training `config["job"]`, JSON. `environment`: further variables of the process."""
-        self._bell, self._metric = bell, metric
+        self._bell, self._number, self._metric = bell, config["number"], metric
         job = json.loads(config["job"])
         self._out, self._told = job["out"], {}
         self._look_s = _LOOK_S[storage.is_local(self._out)]
@@ -65,14 +67,15 @@ class TrialRun(tune.Trainable):
     def step(self) -> dict[str, Any]:
         """Wait for the next evaluation, or the end."""
         while True:
+            if wanted := ray.get(self._bell.rung.remote(self._number)):
+                return self._last(wanted)
             ending = self._process.ending()  # asked first: what was told before it has been written by now
             line = next((each for each in read_metrics(storage.join(self._out, METRICS)) if self._is_new(each)), None)
             if line is not None:
                 return self._result(line)
             if ending is not None:
-                return self._last(**ending)
-            if ray.get(self._bell.rung.remote()):
-                return self._last("interrupted")
+                # Stopped, and not by us: the whole search was, by a signal to all of its processes.
+                return self._last({"stopped": "interrupted"}.get(ending["ending"], ending["ending"]), ending["error"])
             time.sleep(self._look_s)
 
     def cleanup(self) -> None:
@@ -99,8 +102,7 @@ class TrialRun(tune.Trainable):
         self._process.stop()
         if ending == "finished" and not self._told:
             ending, error = "failed", "it was never evaluated"
-        # Stopped, and not by us: the search was, by a signal to all of its processes.
-        return {**self._told, "done": True, "ending": {"stopped": "interrupted"}.get(ending, ending), "error": error}
+        return {**self._told, "done": True, "ending": ending, "error": error}
 
 
 class Process:

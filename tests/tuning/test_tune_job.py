@@ -42,6 +42,7 @@ def varying(key: str, **values: object) -> dict[str, object]:
         (varying("optim.lr"), "space.optim.lr", "exactly one"),
         (varying("optim.lr", choice=[1]), "space.optim.lr.choice", "at least 2"),
         (varying("optim.lr", choice=[1, 2, 1]), "space.optim.lr", "twice"),
+        (varying("optim.lr", choice=[1, float("inf")]), "space.optim.lr", "not JSON compliant"),
         (varying("optim.lr", logg=[1, 2]), "space.optim.lr.logg", "did you mean 'log'"),
         ({"space": {}}, "space", "at least 1"),
         ({"metric": "train/loss"}, "metric", "val/"),
