@@ -88,7 +88,7 @@ class SemiReal(Job):
     """The planted genes."""
     channel: Annotated[int, Field(ge=0)] = 0
     """Channel of the crops that is measured."""
-    folds: Annotated[int, Field(ge=2, le=100)] = 20
+    folds: Annotated[int, Field(ge=2, le=1000)] = 20
     """Sets that fields and real cells are dealt into."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Decides folds, pairs, genes and counts, with the ids of crops, fields and real cells."""

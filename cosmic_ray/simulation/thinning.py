@@ -39,12 +39,12 @@ def slope_for(
         None where no slope up to 2 reaches it.
     """
     z, cell = draw_factors(rng, (_DRAWS,)), rng.integers(0, len(counts), _DRAWS)
-    key = rng.integers(0, 2**63)
+    key, groups = rng.integers(0, 2**63), np.unique(groups, return_inverse=True)[1][cell]
+    f, scale, counts = link(function, z)[:, None], scale[cell], counts[cell]
 
     def reached(slope: float) -> float:
-        kept = np.random.default_rng(key).binomial(counts[cell], kept_share(sign * slope, function, z))
-        y = np.log1p(kept * scale[cell])
-        return sign * float(within(link(function, z)[:, None], y[:, None], groups[cell])[0])
+        kept = np.random.default_rng(key).binomial(counts, kept_share(sign * slope, function, z))
+        return sign * float(within(f, np.log1p(kept * scale)[:, None], groups)[0])
 
     low, high = 0.0, _MAX_SLOPE
     if reached(high) < strength:
