@@ -77,7 +77,7 @@ def fitted_model(job: FitTranscriptome, train: Cells, val: Cells, report: Report
                 max_epochs=job.scvi.epochs,
                 batch_size=job.scvi.batch_size,
                 early_stopping=False,
-                accelerator="auto",
+                accelerator="gpu" if job.gpus else "cpu",
                 devices=1,
                 check_val_every_n_epoch=1 if len(val) else None,
                 # BatchNorm has no statistics of a last batch of one cell.

@@ -109,7 +109,7 @@ class FitTranscriptome(Job):
     """CPUs, and threads."""
 
     gpus: Annotated[float, Field(ge=0)] | None = None
-    """Accelerators; by default 1 for `scvi` where the cluster has any."""
+    """Accelerators; by default 1 for `scvi` where the cluster has any. On one, equal seeds agree but for rounding."""
 
     tracking: Tracking | None = Tracking()
     """MLflow. Null tracks and registers nothing."""

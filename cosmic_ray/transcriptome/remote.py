@@ -25,7 +25,7 @@ def fit_remotely(job: FitTranscriptome, report: Report) -> Fitted:
 
     gpus = _require_room(job)
     task = ray.remote(_fit).options(num_cpus=job.cpus, num_gpus=gpus, max_retries=0, num_returns="streaming")
-    said = task.remote(job)
+    said = task.remote(job.model_copy(update={"gpus": gpus}))
     try:
         for reference in said:
             one = ray.get(reference)

@@ -1,8 +1,8 @@
 """What fitting a transcriptome encoder costs, on simulated counts.
 
-python tests/benchmarks/transcriptome.py epoch [cells]            CPU-s of an scVI epoch, 1,024 genes, paper's settings
+python tests/benchmarks/transcriptome.py epoch [cells]            CPU-s of an scVI epoch at the paper's settings
 python tests/benchmarks/transcriptome.py make STORE [cells genes] a cell store of 3,000 genes found a cell
-python tests/benchmarks/transcriptome.py memory STORE             what choosing, reading and embedding add to the peak
+python tests/benchmarks/transcriptome.py memory STORE             what choosing, reading, embedding add to the peak
 """
 
 from __future__ import annotations
