@@ -25,10 +25,16 @@ class _Objective:
 
     phases = (NAME,)
 
-    def __init__(self, config: Img2SeqConfig, statistics: Mapping[str, torch.Tensor], seed: int):
-        """`seed` draws the initial weights; `statistics`: of `img2seq_statistics`; both equal on every rank."""
+    def __init__(
+        self, config: Img2SeqConfig, statistics: Mapping[str, torch.Tensor], seed: int, feature_noise: float = 0.0
+    ):
+        """`seed` draws the initial weights; `statistics`: of `img2seq_statistics`; both equal on every rank.
+
+        `feature_noise`: standard deviation of what training adds to each standardised feature. For a linear regression
+        that is a ridge of its square a cell (Bishop 1995).
+        """
         torch.manual_seed(seed)
-        self.config = config
+        self.config, self._feature_noise = config, feature_noise
         self.network = config.build()
         buffers = dict(self.network.named_buffers())
         for name, value in statistics.items():
@@ -42,10 +48,13 @@ class _Objective:
         """The network's own."""
         return self.network.blocks()
 
-    def _inputs(self, share: Share) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features and counts, in the network's dtype."""
-        dtype = next(self.network.parameters()).dtype
-        return checked_inputs(share, self.config, 2, dtype)
+    def _inputs(self, share: Share, noise: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features, noised by the seed `noise`, if any, and counts, in the network's dtype."""
+        features, counts = checked_inputs(share, self.config, 2, next(self.network.parameters()).dtype)
+        if noise is not None and self._feature_noise:
+            drawn = keyed.normal(noise, share.positions, "feature noise", self.config.feature_size).to(features)
+            features = features + self._feature_noise * self.network.feature_scale.std * drawn
+        return features, counts
 
 
 class Img2SeqObjective(_Objective):
@@ -61,7 +70,7 @@ class Img2SeqObjective(_Objective):
         """`loss`, and its parts `base_error` and `program_error`."""
         start = keyed.uniform(seed, torch.zeros_like(share.positions[:1]), "time", 1)[:, 0].double()
         times = (share.positions.double() * GOLDEN + start).frac()
-        features, counts = self._inputs(share)
+        features, counts = self._inputs(share, seed)
         z = self.network.standardise(counts)
         said, noise, logsnr = self._say(networks, share, seed, features, z, times, "")
         base = squared_error(said.base, z)
@@ -77,7 +86,7 @@ class Img2SeqObjective(_Objective):
         """The same, at noise that never changes; and `error`, squared error of the values that the regression gives, in
         log1p."""
         draws = keyed.uniform(seed, share.positions, "held-out time", TIMES).double()
-        features, counts = self._inputs(share)
+        features, counts = self._inputs(share, None)
         z = self.network.standardise(counts)
         programs = torch.zeros(len(share), dtype=z.dtype, device=z.device)
         for index in range(TIMES):
@@ -117,15 +126,18 @@ class CountsObjective(_Objective):
 
     def losses(self, networks: Mapping[str, nn.Module], share: Share, seed: int, phase: str) -> dict[str, Sum]:
         """`loss`."""
-        features, counts = self._inputs(share)
+        return self._sums(networks, share, seed)
+
+    def metrics(self, networks: Mapping[str, nn.Module], share: Share, seed: int) -> dict[str, Sum]:
+        """The same, on features as they are."""
+        return self._sums(networks, share, None)
+
+    def _sums(self, networks: Mapping[str, nn.Module], share: Share, noise: int | None) -> dict[str, Sum]:
+        features, counts = self._inputs(share, noise)
         rates, dispersion = networks[NAME](features)
         library = counts.sum(1, keepdim=True).clamp(min=1e-12).log()
         found = -nb_log_likelihood(counts, rates + library, dispersion).mean(1)
         return {"loss": (found.sum(), _count(found))}
-
-    def metrics(self, networks: Mapping[str, nn.Module], share: Share, seed: int) -> dict[str, Sum]:
-        """The same."""
-        return self.losses(networks, share, seed, NAME)
 
 
 def checked_inputs(

@@ -46,6 +46,10 @@ class Model(Config):
     hidden: Count | None = None
     """Another width than the preset's; of `paper` that of the denoiser, 2048."""
 
+    feature_noise: float = Field(1.0, ge=0)
+    """Of `better`: standard deviation of the noise that training adds to each standardised feature, as a ridge does
+    against learning by heart. Less for more cells."""
+
     programs: Count | None = None
     """Another number of gene programs than the preset's; fewer are taken where there are fewer genes or cells."""
 

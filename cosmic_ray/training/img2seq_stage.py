@@ -110,7 +110,7 @@ class Img2SeqStage(CellStage):
 
         if self.job.recipe == "better":
             kind = Img2SeqObjective if self.model.counts == "normalised" else CountsObjective
-            return kind(self.model, self.statistics, self.job.seed)
+            return kind(self.model, self.statistics, self.job.seed, self.job.model.feature_noise)
         made = ResidualObjective(self.model, self.statistics, self.job.seed)
         made.whole.base.load_state_dict(self._first())
         return made

@@ -108,6 +108,23 @@ class TestLossByHand:
         torch.testing.assert_close(found["program_error"][0], program_error.sum(), rtol=1e-6, atol=0)
         torch.testing.assert_close(found["loss"][0], (base_error + program_error).sum(), rtol=1e-6, atol=0)
 
+    @pytest.mark.parametrize("name", ["better", "counts"])
+    def test_training_alone_noises_features_by_position(self, name: str) -> None:
+        kind, config = CONFIGS[name]
+        seen: list[torch.Tensor] = []
+        made = kind(config, STATISTICS[name], seed=0, feature_noise=0.5)
+        made.network.feature_scale.std.copy_(torch.tensor([1.0, 2, 3, 4]))
+        made.network.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+        positions = torch.arange(2000)
+        plain = share(positions, False).tensors["features"]
+        made.losses(made.networks(), share(positions, False), 3, NAME)
+        noise = seen.pop() - plain
+        torch.testing.assert_close(noise.std(0), torch.tensor([0.5, 1, 1.5, 2]), rtol=0.1, atol=0)
+        made.losses(made.networks(), share(positions, False).part(5, 9), 3, NAME)
+        torch.testing.assert_close(seen.pop() - plain[5:9], noise[5:9])
+        made.metrics(made.networks(), share(positions, False), 3)
+        assert all(torch.equal(given, plain) for given in seen)
+
     def test_no_gradient_goes_from_the_residual_to_the_regression(self) -> None:
         made = objective("better")
         found = made.losses(made.networks(), share(torch.arange(5), False), 3, NAME)
