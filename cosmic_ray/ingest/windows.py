@@ -124,6 +124,9 @@ class Windows:
         self._source = source or Here(store)
         self._reads = plan.reads(lanes, first_step, last_step)
         self._coming = next(self._reads, None)
+        # A window that is partly drawn when the stream begins in its middle is held without what was drawn before.
+        begun = plan.pieces(first_step, lanes) if first_step < last_step else []
+        self._begun = {piece[:3]: piece.start for piece in reversed(begun)}
         self._open: dict[tuple[int, int, int], _Window] = {}
         self._ahead: deque[tuple[int, int]] = deque()
         self._ahead_rows, self._ahead_limit = 0, ahead_bytes // store.spec.nbytes
@@ -163,27 +166,30 @@ class Windows:
         while self._ahead and self._ahead[0][0] <= k:
             self._ahead_rows -= self._ahead.popleft()[1]
         while (read := self._coming) and (read.first_step <= k or self._may_read_ahead()):
-            rows = self._plan.window_rows(read.lane, read.epoch, read.window)
-            self._start(read, rows)
+            rows = self._start(read)
             if read.first_step > k:
-                self._ahead.append((read.first_step, rows.shape[1]))
-                self._ahead_rows += rows.shape[1]
+                self._ahead.append((read.first_step, rows))
+                self._ahead_rows += rows
             self._coming = next(self._reads, None)
 
     def _may_read_ahead(self) -> bool:
         return self._ahead_rows < self._ahead_limit and self._source.ready()
 
-    def _start(self, read: WindowRead, rows: np.ndarray) -> None:
-        crops = self._rooms.take(rows.shape[1])
+    def _start(self, read: WindowRead) -> int:
+        """Begin to read a window; gives the number of its draws."""
+        rows = self._plan.window_rows(read.lane, read.epoch, read.window)
+        before = self._begun.pop((read.lane, read.epoch, read.window), 0)
+        crops = self._rooms.take(rows.shape[1] - before)
         drawn, parts, first = np.zeros(rows.shape[1], np.intp), [], 0
         for group in read.row_groups:
-            draws = np.flatnonzero(rows[0] == group)
+            draws = before + np.flatnonzero(rows[0, before:] == group)
             wanted, places = np.unique(rows[1, draws], return_inverse=True)
             drawn[draws] = first + places
             stored = self._source.ask(group)
             parts.append(self._pool.submit(self._load, group, stored, wanted, crops[first : first + len(wanted)]))
             first += len(wanted)
         self._open[read.lane, read.epoch, read.window] = _Window(crops, drawn, parts, read.last_step)
+        return rows.shape[1]
 
     def _load(self, group: int, ask: Callable[[], Stored], rows: np.ndarray, out: np.ndarray) -> None:
         stored = ask()
