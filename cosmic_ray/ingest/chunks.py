@@ -16,13 +16,12 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from cosmic_ray import storage
 from cosmic_ray.errors import DataError, packed
 from cosmic_ray.ingest.plan import Plan
-from cosmic_ray.ingest.windows import LOCAL_THREADS, REMOTE_THREADS
-from cosmic_ray.stores.crops import FOOTERS_KEPT, CropStore
+from cosmic_ray.stores.places import Places, reading_threads
 
 CHUNK_BYTES = 32 * 2**20
+_FOOTERS_KEPT = 256
 SCHEMA = pa.schema(
     {
         "first": pa.int64(),
@@ -38,7 +37,7 @@ footer; these bytes, one after another; or else why the next row group cannot be
 
 def read_chunks(
     order: pa.Table,
-    store_uri: str,
+    places: Places,
     plan: Plan,
     lanes: range,
     first_step: int,
@@ -51,13 +50,8 @@ def read_chunks(
     `order` is the one row that starts the task. Data that cannot be read end the stream with a chunk that says why:
     an exception would reach the consumer as Ray's, after hundreds of lines of traceback.
     """
-    try:
-        store = CropStore.open(store_uri)
-    except DataError as error:
-        yield _failed(skip, error)
-        return
     groups = (group for read in plan.reads(lanes, first_step, last_step) for group in read.row_groups)
-    reading = _Reading(store, islice(groups, skip, None), ahead_bytes)
+    reading = _Reading(places, islice(groups, skip, None), ahead_bytes)
     first = skip
     try:
         while chunk := reading.take():
@@ -101,15 +95,14 @@ class _Chunk(NamedTuple):
 class _Reading:
     """Row groups of a store in a given order, read ahead by threads into memory that is used again."""
 
-    def __init__(self, store: CropStore, groups: Iterator[int], ahead_bytes: int):
-        self._store, self._groups, self._ahead_bytes = store, groups, ahead_bytes
+    def __init__(self, places: Places, groups: Iterator[int], ahead_bytes: int):
+        self._places, self._groups, self._ahead_bytes = places, groups, ahead_bytes
         self._group = next(groups, None)
         self._coming: deque[_Chunk] = deque()
         self._taken: deque[np.ndarray] = deque()
         self._wanted = 1
-        self._footer = lru_cache(FOOTERS_KEPT)(store.stored_footer)
-        threads = LOCAL_THREADS if storage.is_local(store.uri) else REMOTE_THREADS
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="row-groups")
+        self._footer = lru_cache(_FOOTERS_KEPT)(places.footer)
+        self._pool = ThreadPoolExecutor(reading_threads(places.shards[0]), thread_name_prefix="row-groups")
 
     def take(self) -> _Chunk | None:
         """The next chunk, or None after the last one; it is valid until the next but one is taken."""
@@ -128,7 +121,8 @@ class _Reading:
         groups, sizes = [], []
         while self._group is not None and sum(sizes) < self._wanted:
             groups.append(self._group)
-            sizes += [self._store.row_groups[self._group].nbytes, self._store.footer_nbytes(self._group)]
+            shard = self._places.shard_of[self._group]
+            sizes += [int(self._places.nbytes[self._group]), int(self._places.footer_nbytes[shard])]
             self._group = next(self._groups, None)
         # The first ones are short, so that the consumer need not wait long for its first batch.
         self._wanted = min(4 * sum(sizes), CHUNK_BYTES)
@@ -144,10 +138,10 @@ class _Reading:
         return room if len(room) >= nbytes else np.empty(nbytes * 5 // 4, np.uint8)
 
     def _read(self, group: int, data: memoryview, footer: memoryview) -> None:
-        found = self._store.stored(group, room=data)
+        found = self._places.group(group, data)
         if not isinstance(found, memoryview):
             data[:] = found
-        footer[:] = self._footer(self._store.row_groups[group].shard)
+        footer[:] = self._footer(int(self._places.shard_of[group]))
 
 
 def _nbytes(chunk: _Chunk) -> int:

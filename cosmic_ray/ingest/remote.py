@@ -27,6 +27,7 @@ from cosmic_ray.ingest import chunks
 from cosmic_ray.ingest.plan import Plan
 from cosmic_ray.ingest.windows import Stored
 from cosmic_ray.progress import say
+from cosmic_ray.stores.crops import CropStore
 
 QUEUED_CHUNKS = 2
 QUICK_S, SLOW_S = 0.005, 0.1
@@ -62,7 +63,7 @@ class RemoteRowGroups:
 
     def __init__(
         self,
-        store_uri: str,
+        store: CropStore,
         plan: Plan,
         lanes: range,
         first_step: int,
@@ -70,10 +71,10 @@ class RemoteRowGroups:
         read_cpus: float,
         ahead_bytes: int,
     ):
-        self._uri, self._read_cpus = store_uri, read_cpus
+        self._uri, self._read_cpus = store.uri, read_cpus
         self._read = functools.partial(
             chunks.read_chunks,
-            store_uri=store_uri,
+            places=store.places,
             plan=plan,
             lanes=lanes,
             first_step=first_step,

@@ -92,9 +92,9 @@ def batches(
 
     lanes = plan.lanes_of(rank, world)
     steps = range(first_step, last_step)
-    with closing(RemoteRowGroups(store_uri, plan, lanes, first_step, last_step, read_cpus, ahead_bytes)) as source:
-        # The task starts meanwhile.
-        windows = Windows(CropStore.open(store_uri), plan, lanes, first_step, last_step, ahead_bytes, source)
+    store = CropStore.open(store_uri)
+    with closing(RemoteRowGroups(store, plan, lanes, first_step, last_step, read_cpus, ahead_bytes)) as source:
+        windows = Windows(store, plan, lanes, first_step, last_step, ahead_bytes, source)
         with closing(windows):
             yield from _staged(windows, plan, lanes, steps, micro)
 

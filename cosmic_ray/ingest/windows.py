@@ -14,14 +14,13 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from cosmic_ray import storage
 from cosmic_ray.errors import DamagedError, DataError
 from cosmic_ray.ingest.plan import Plan, WindowRead
 from cosmic_ray.progress import say
 from cosmic_ray.stores.crops import Buffer, CropStore
+from cosmic_ray.stores.places import LOCAL_THREADS, reading_threads
 
 AHEAD_BYTES = 64 * 2**20
-LOCAL_THREADS, REMOTE_THREADS = 2, 8
 _SIZES = 8
 
 
@@ -131,8 +130,8 @@ class Windows:
         self._ahead: deque[tuple[int, int]] = deque()
         self._ahead_rows, self._ahead_limit = 0, ahead_bytes // store.spec.nbytes
         self._rooms = _Rooms(plan.largest_window(lanes), store.spec.nbytes, len(lanes))
-        far = source is None and not storage.is_local(store.uri)
-        self._pool = ThreadPoolExecutor(REMOTE_THREADS if far else LOCAL_THREADS, thread_name_prefix="row-groups")
+        threads = reading_threads(store.uri) if source is None else LOCAL_THREADS
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="row-groups")
 
     @property
     def shape(self) -> tuple[int, int, int]:

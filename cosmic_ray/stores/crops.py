@@ -15,15 +15,16 @@ import pyarrow.parquet as pq
 import xxhash
 
 from cosmic_ray import storage
-from cosmic_ray.errors import DamagedError, NotFoundError
+from cosmic_ray.errors import DamagedError
 from cosmic_ray.output import MANIFEST, manifest_bytes
 from cosmic_ray.stores import manifest as form
 from cosmic_ray.stores.columns import images, table_schema
 from cosmic_ray.stores.manifest import CropManifest, CropSpec, RowGroup
 from cosmic_ray.stores.pages import decoded, find_pages
+from cosmic_ray.stores.places import Places, read_stored
 from cosmic_ray.stores.rangefile import RangeFile
 
-FOOTERS_KEPT = 256
+_FOOTERS_KEPT = 256
 _METADATA_THREADS = 16
 
 Buffer = bytes | memoryview | pa.Buffer
@@ -102,6 +103,16 @@ class CropStore:
         """The first row of each row group, and at the end the number of rows: int64 (G + 1,)."""
         return np.concatenate([[0], np.cumsum(self.rows_per_group)])
 
+    @functools.cached_property
+    def places(self) -> Places:
+        """Where the row groups lie, for tasks that only read."""
+        ends = np.cumsum([len(shard.row_groups) for shard in self.manifest.shards])
+        footers = [(shard.nbytes - shard.footer_nbytes, shard.footer_nbytes) for shard in self.manifest.shards]
+        groups = [(group.offset, group.nbytes) for group in self.row_groups]
+        shard_of = np.searchsorted(ends, np.arange(len(groups)), side="right").astype(np.int32)
+        footers, groups = (np.array(pairs, np.int64).reshape(-1, 2).T for pairs in (footers, groups))
+        return Places(list(self._shards), *footers, shard_of, *groups)
+
     def read_row_group(self, index: int, columns: Sequence[str] | None = None) -> pa.Table:
         """Row group `index` with `columns` (all by default), its stored bytes checked first.
 
@@ -127,11 +138,7 @@ class CropStore:
             DataError: naming the shard, where it is missing or too short.
         """
         group = self.row_groups[index]
-        return _read(group.shard, group.offset, group.nbytes if with_images else group.meta_nbytes, room)
-
-    def footer_nbytes(self, index: int) -> int:
-        """Bytes of `stored_footer` of the shard that holds row group `index`."""
-        return self._shards[self.row_groups[index].shard].footer_nbytes
+        return read_stored(group.shard, group.offset, group.nbytes if with_images else group.meta_nbytes, room)
 
     def stored_footer(self, shard: str) -> Buffer:
         """The end of the shard with URI `shard`, not checked: what tells how its row groups are stored.
@@ -140,7 +147,7 @@ class CropStore:
             DataError: as `stored`.
         """
         about = self._shards[shard]
-        return _read(shard, about.nbytes - about.footer_nbytes, about.footer_nbytes)
+        return read_stored(shard, about.nbytes - about.footer_nbytes, about.footer_nbytes)
 
     def decoded_images(self, index: int, data: Buffer, footer: Buffer | None = None) -> Iterator[np.ndarray]:
         """The images of row group `index`, whose stored bytes are `data`, part by part: views, uint8 (n, image bytes).
@@ -260,7 +267,7 @@ class CropStore:
         footer = self._parsed(group, self.stored_footer(group.shard) if data is None else data)
         with self._lock:
             self._footers[group.shard] = footer
-            while len(self._footers) > FOOTERS_KEPT:
+            while len(self._footers) > _FOOTERS_KEPT:
                 self._footers.popitem(last=False)
         return footer
 
@@ -278,14 +285,6 @@ class CropStore:
     @functools.cached_property
     def _shards(self) -> dict[str, form.Shard]:
         return {storage.join(self.uri, form.SHARDS, shard.name): shard for shard in self.manifest.shards}
-
-
-def _read(shard: str, start: int, length: int, room: memoryview | None = None) -> Buffer:
-    try:
-        return storage.read_range(shard, start, length, room)
-    except NotFoundError:
-        problem = "this shard is missing, though the manifest names it"
-        raise NotFoundError(shard, problem, "restore it or rebuild the store") from None
 
 
 def _damaged(group: RowGroup, problem: str) -> DamagedError:

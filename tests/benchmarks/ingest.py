@@ -38,7 +38,7 @@ from cosmic_ray.ingest.selection import Selection
 from cosmic_ray.ingest.stream import batches, plain_batches, reading_bytes
 from cosmic_ray.stores.columns import images
 from cosmic_ray.stores.crops import CropStore
-from cosmic_ray.stores.manifest import CropSpec, ShardEntry
+from cosmic_ray.stores.manifest import CropSpec, ShardEntry, parse_manifest
 from cosmic_ray.stores.writer import encode_shard, write_shard
 
 BATCH = 256
@@ -282,7 +282,7 @@ class _Watch:
 
 def memory(folder: Path) -> None:
     print(
-        "| rows | their bytes | all processes, without shared | the reading task | its stated windows and chunks |",
+        "| rows | their bytes | all processes, without shared | the reading task | stated for reading |",
         end="",
     )
     print(" object store | spilled |\n|---|---|---|---|---|---|---|")
@@ -314,6 +314,7 @@ def full_scale(folder: Path, rounds: int) -> None:
     for name, step in {"step 0": 0, "in the middle of the third epoch": 213_000}.items():
         found = []
         for turn in range(rounds + 1):
+            parse_manifest.cache_clear()
             marks = [time.perf_counter()]
             store = CropStore.open(uri)
             marks.append(time.perf_counter())

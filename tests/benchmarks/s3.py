@@ -35,8 +35,8 @@ from s3_servers import rclone_server, settings_of
 from cosmic_ray import storage
 from cosmic_ray.ingest.plan import Plan
 from cosmic_ray.ingest.stream import batches, plain_batches
-from cosmic_ray.ingest.windows import REMOTE_THREADS
 from cosmic_ray.stores.crops import CropStore
+from cosmic_ray.stores.places import REMOTE_THREADS
 
 KEY, SECRET = "EXAMPLEACCESSKEY0001", "ExampleSecretOfTheBenchmark0000000000001"
 Way = Callable[[int], Iterator[int]]

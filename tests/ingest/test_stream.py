@@ -202,7 +202,7 @@ def test_chunks_hold_the_row_groups_in_the_order_of_need(store: CropStore, monke
     for nbytes, ahead, skip in ((1, 1, 0), (20_000, 50_000, 0), (2**20, 2**20, 7)):
         monkeypatch.setattr("cosmic_ray.ingest.chunks.CHUNK_BYTES", nbytes)
         came = []
-        for chunk in read_chunks(pa.table({}), store.uri, plan, range(4), 2, plan.steps(2), skip, ahead):
+        for chunk in read_chunks(pa.table({}), store.places, plan, range(4), 2, plan.steps(2), skip, ahead):
             row = chunk.to_pylist()[0]
             assert row["error"] == "" and row["first"] == skip + len(came)
             at = 0

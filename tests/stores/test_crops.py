@@ -390,7 +390,7 @@ def test_a_store_of_millions_opens_by_its_manifest_alone(crop_store: MakeStore):
 def test_footers_are_not_all_kept(crop_store: MakeStore, monkeypatch: pytest.MonkeyPatch):
     from cosmic_ray.stores import crops
 
-    monkeypatch.setattr(crops, "FOOTERS_KEPT", 3)
+    monkeypatch.setattr(crops, "_FOOTERS_KEPT", 3)
     store = crop_store(64, rows_per_group=4, groups_per_shard=1)
     assert len(list(store.batches(10))) == 7
     assert len(store._footers) == 3
