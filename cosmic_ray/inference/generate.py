@@ -26,7 +26,7 @@ class Images(Config):
     """Steps of the sampler."""
 
     rows_per_group: int = Field(256, ge=1)
-    """Row groups of the crop store that comes out."""
+    """Images in a row group of the crop store that comes out: what a killed worker has to do again."""
 
 
 class Expression(Config):

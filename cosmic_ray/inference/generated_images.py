@@ -1,4 +1,4 @@
-"""Images of cells: each part is a shard of the crop store that comes out.
+"""Images of cells: each part is a shard of the crop store that comes out, with one row group.
 
 Sample by sample, and within a sample cell by cell in the order of the cell store. So a shard of a part is a pure
 function of the job and its inputs, and any number of workers makes the same store.
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from cosmic_ray.inference.generating import Inputs
     from cosmic_ray.registry.model import StoredModel
 
-GROUPS_PER_SHARD = 4
 SOURCE = "generated"
 _CARRIED = ("plate", "well", "site", "cell_line", "treatment")
 _INTENSITY = Intensity(
@@ -66,8 +65,7 @@ class Work:
 
     def span(self, part: int) -> range:
         """Numbers of the images of a part: sample number * cells + number of the cell."""
-        size = self.rows_per_group * GROUPS_PER_SHARD
-        return range(part * size, min((part + 1) * size, self.total))
+        return range(part * self.rows_per_group, min((part + 1) * self.rows_per_group, self.total))
 
 
 def generate_images(
@@ -97,7 +95,7 @@ def generate_images(
         rows_per_group=job.images.rows_per_group,
         device=None,
     )
-    count = -(-work.total // (work.rows_per_group * GROUPS_PER_SHARD))
+    count = -(-work.total // work.rows_per_group)
     speed: dict[str, float] = {}
     if missing := {part: len(work.span(part)) for part in range(count) if finished_shard(target.uri, part) is None}:
         pool = plan_pool(job.workers, job.cpus_per_worker, job.gpus_per_worker)
