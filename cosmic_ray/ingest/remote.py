@@ -29,7 +29,7 @@ from cosmic_ray.ingest.windows import Stored
 from cosmic_ray.progress import say
 from cosmic_ray.stores.crops import CropStore
 
-QUEUED_CHUNKS = 2
+QUEUED_CHUNKS = 1
 QUICK_S, SLOW_S = 0.005, 0.1
 RESTARTS, RESTART_PAUSE_S = 3, 1.0
 

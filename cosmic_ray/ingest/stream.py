@@ -118,11 +118,11 @@ def plain_batches(
 
 
 def reading_bytes(plan: Plan, lanes: range, crop_bytes: int, ahead_bytes: int = AHEAD_BYTES) -> int:
-    """What reading for a rank with these lanes holds in memory: in the rank's process the open windows and those read
-    ahead, in its task what that has read ahead and the chunk being made. Code and Arrow's buffers come on top: about
-    300 MB.
+    """What reading for a rank with these lanes holds in memory: in the rank's process the open windows, those read ahead
+    and memory that waits to be used again, a quarter of them; in its task what that has read ahead and two chunks. Code
+    and Arrow's buffers come on top: about 300 MB.
     """
-    windows = (plan.open_rows(lanes) + plan.largest_window(lanes)) * 9 // 8
+    windows = (plan.open_rows(lanes) + plan.largest_window(lanes)) * 5 // 4
     return windows * crop_bytes + 2 * ahead_bytes + 2 * CHUNK_BYTES
 
 

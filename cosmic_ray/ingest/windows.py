@@ -72,33 +72,48 @@ class _Window(NamedTuple):
 
 
 class _Rooms:
-    """Memory for windows, in rooms of a few sizes, so that a used one soon serves again."""
+    """Memory for windows, in rooms of a few sizes, so that a used one soon serves again.
+
+    All together they never take more than a quarter above what was in use at one time.
+    """
 
     def __init__(self, largest: int, nbytes: int, lanes: int):
         self._unit, self._nbytes, self._patience = -(-largest // _SIZES), nbytes, 4 * lanes
-        self._taken = 0
         self._free: list[tuple[int, np.ndarray]] = []
+        self._count = self._used = self._most = self._idle = 0
 
     def take(self, rows: int) -> np.ndarray:
         """A room for so many crops: uint8 (`rows` or some more, bytes of a crop)."""
-        self._taken += 1
         room = -(-rows // self._unit) * self._unit
-        found = next((at for at in range(len(self._free) - 1, -1, -1) if len(self._free[at][1]) == room), None)
+        self._count += 1
+        self._used += room
+        self._most = max(self._most, self._used)
+        found = next((at for at, (_, crops) in enumerate(self._free) if len(crops) == room), None)
+        crops = None if found is None else self._give(found)
         # Between two epochs all lanes have two windows open; in long epochs what that took is given back.
-        crops = np.empty((room, self._nbytes), np.uint8) if found is None else self._free.pop(found)[1]
-        self._free = [one for one in self._free if self._taken - one[0] < self._patience]
-        return crops
+        while self._free and (
+            4 * (self._used + self._idle) > 5 * self._most or self._free[0][0] < self._count - self._patience
+        ):
+            self._give(0)
+        return np.empty((room, self._nbytes), np.uint8) if crops is None else crops
 
     def free(self, crops: np.ndarray) -> None:
         """Take a room back."""
-        self._free.append((self._taken, crops))
+        self._used -= len(crops)
+        self._idle += len(crops)
+        self._free.append((self._count, crops))
+
+    def _give(self, at: int) -> np.ndarray:
+        crops = self._free.pop(at)[1]
+        self._idle -= len(crops)
+        return crops
 
 
 class Windows:
     """Hands out the crops of one global batch after another.
 
-    Memory: the open windows of these lanes (`plan.open_rows`) and the windows read ahead, `ahead_bytes` or one; an
-    eighth of a window more for each, where their rows were selected.
+    Memory: the open windows of these lanes (`plan.open_rows`) and the windows read ahead, `ahead_bytes` or one; and a
+    quarter of that, which waits to be used again.
     """
 
     def __init__(

@@ -226,14 +226,20 @@ def test_more_ranks_than_lanes_are_refused(store: CropStore) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_reader_is_started_again_where_it_stood(crop_store: Callable[..., CropStore], ray_local: None) -> None:
-    store = crop_store(200, size=64)
+def test_a_killed_reader_is_started_again_where_it_stood(
+    crop_store: Callable[..., CropStore], ray_local: None, capsys: pytest.CaptureFixture
+) -> None:
+    """Long before the end of its stream, which is longer than what waits in the object store."""
+    store = crop_store(200, size=64, compression="none")
     plan = make_plan(store)
-    source = batches(store.uri, plan, 0, 1, 0, 2000)
+    source = batches(store.uri, plan, 0, 1, 0, 10**6)
     got = [(batch.step, batch.images.numpy().copy()) for batch in itertools.islice(source, 3)]
     os.kill(reading_process().pid, signal.SIGKILL)
-    got += [(batch.step, batch.images.numpy()[:1].copy()) for batch in source]
-    assert [step for step, _ in got] == list(range(2000))
+    got += [(batch.step, batch.images.numpy()[:1].copy()) for batch in itertools.islice(source, 3997)]
+    source.close()
+    said = capsys.readouterr()
+    assert "starting it again at its row group" in said.out + said.err
+    assert [step for step, _ in got] == list(range(4000))
     for step, images in [*got[:6], *got[900::200], got[-1]]:
         assert np.array_equal(images, expected(store, plan, step, range(4))[: len(images)])
 
