@@ -118,8 +118,8 @@ def plain_batches(
 
 
 def reading_bytes(plan: Plan, lanes: range, crop_bytes: int, ahead_bytes: int = AHEAD_BYTES) -> int:
-    """What reading for a rank with these lanes holds in memory: in the rank's process the open windows, those read ahead
-    and memory that waits to be used again, a quarter of them; in its task what that has read ahead and two chunks. Code
+    """What reading for a rank with these lanes holds in memory: in the rank's process the open windows, those read
+    ahead, and a quarter of them that waits to be used again; in its task what that has read ahead and two chunks. Code
     and Arrow's buffers come on top: about 300 MB.
     """
     windows = (plan.open_rows(lanes) + plan.largest_window(lanes)) * 5 // 4

@@ -103,6 +103,9 @@ class _Rooms:
         self._idle += len(crops)
         self._free.append((self._count, crops))
 
+    def _too_old(self) -> bool:
+        return self._free[0][0] < self._count - self._patience
+
     def _give(self, at: int) -> np.ndarray:
         crops = self._free.pop(at)[1]
         self._idle -= len(crops)
