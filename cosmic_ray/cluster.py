@@ -7,10 +7,13 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from cosmic_ray import storage
 from cosmic_ray.errors import JobError
+from cosmic_ray.progress import say
 
 # What they warn of is what we asked for: a local cluster of our own, without Ray Data's progress bars.
 _NOISY = ("ray._private.authentication.authentication_token_setup", "ray.data._internal.progress")
@@ -91,6 +94,30 @@ def resources() -> Resources:
         memory_bytes=total.get("memory", 0.0),
         object_store_bytes=total.get("object_store_memory", 0.0),
     )
+
+
+@contextmanager
+def stop_on_signal(said: str) -> Iterator[threading.Event]:
+    """Within, the first SIGINT sets the event and the second one raises KeyboardInterrupt; only in the main thread.
+
+    `said`: to the user, at the first.
+    """
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def asked(*_: object) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+        say(said)
+
+    before = signal.signal(signal.SIGINT, asked)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def require_seen_everywhere(paths: dict[str, str]) -> None:

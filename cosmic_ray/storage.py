@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import socket
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from cosmic_ray.errors import DamagedError, DataError, JobError, NotFoundError
 
 _PART = ".part-"
 _STALE_S = 24 * 3600.0
+_PIECE = 64 * 2**20
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -179,6 +181,20 @@ def listing(uri: str, pattern: str = "**") -> list[str]:
         paths = (key[len(prefix) :] for key in s3.keys(uri, prefix + fixed, deep))
     matches = _glob(pattern).fullmatch
     return sorted(join(root, path) for path in paths if matches(path) and not name(path).startswith(_PART))
+
+
+@contextmanager
+def local_file(uri: str) -> Iterator[Path]:
+    """The path of an object on this machine; from afar it is copied to the temporary disk (TMPDIR) for the block."""
+    if is_local(uri):
+        yield local_path(uri)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path, whole = Path(folder, name(uri)), size(uri)
+        with open(path, "wb") as file:
+            for start in range(0, whole, _PIECE):
+                file.write(read_range(uri, start, min(_PIECE, whole - start)))
+        yield path
 
 
 def delete(uri: str) -> None:

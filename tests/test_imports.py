@@ -17,7 +17,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "storage": {"errors", "s3"},
     "lease": {"errors", "storage"},
     "output": {"errors", "config", "storage", "lease"},
-    "cluster": {"errors", "storage"},
+    "cluster": {"errors", "progress", "storage"},
     "reach": {"errors", "config", "storage"},
     "models": set(),
     "stores": BASE,
@@ -28,6 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "registry": BASE | {"stores", "ingest", "models"},
     "training": BASE | {"reach", "stores", "ingest", "models", "registry"},
     "transcriptome": BASE | {"stores", "models", "registry"},
+    "tuning": BASE | {"reach", "registry", "training", "jobs", "pipeline"},
     "inference": BASE | {"stores", "ingest", "models", "registry"},
     "evaluation": BASE | {"stores", "ingest", "models", "registry", "inference"},
 }

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import re
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
@@ -23,23 +21,7 @@ if TYPE_CHECKING:
 
     from cosmic_ray.cells.job import Expression
 
-_PIECE = 64 * 2**20
 _LIMIT = 2.0**31
-
-
-@contextmanager
-def local_file(uri: str) -> Iterator[Path]:
-    """The path of an object on this machine; from afar it is copied to the temporary disk (TMPDIR) for the block."""
-    if storage.is_local(uri):
-        yield storage.local_path(uri)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, storage.name(uri))
-        size = storage.size(uri)
-        with open(path, "wb") as file:
-            for start in range(0, size, _PIECE):
-                file.write(storage.read_range(uri, start, min(_PIECE, size - start)))
-        yield path
 
 
 def sha256(file: BinaryIO) -> str:
@@ -88,7 +70,7 @@ class H5ad:
         import h5py
         from anndata.io import read_elem
 
-        with local_file(uri) as path:
+        with storage.local_file(uri) as path:
             try:
                 with open(path, "rb") as raw:
                     digest = sha256(raw)

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from cosmic_ray import storage
-from cosmic_ray.cells.h5ad import local_file, require_column
+from cosmic_ray.cells.h5ad import require_column
 from cosmic_ray.errors import DataError
 from cosmic_ray.imaging.crops import cut, fits, render
 from cosmic_ray.imaging.fields import Rejected, read_labels
@@ -97,7 +97,7 @@ def open_images(images: Images, threads: int) -> Iterator[Source]:
     elif images.holds == "labels":
         yield Labels(uri, images)
     elif uri.endswith(".zip"):
-        with local_file(uri) as path, _zip(uri, path) as archive:
+        with storage.local_file(uri) as path, _zip(uri, path) as archive:
             members = [info for info in archive.infolist() if not info.is_dir()]
             by_name = {info.filename: info for info in members}
             names = [info.filename for info in members]

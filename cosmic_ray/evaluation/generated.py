@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +18,6 @@ from cosmic_ray.stores.crops import CropStore
 if TYPE_CHECKING:
     import h5py
 
-_PIECE = 64 * 2**20
 _NOTE = "cosmic_ray"
 
 
@@ -125,7 +122,7 @@ class GeneratedExpression:
         import h5py
 
         uri = storage.absolute(uri if uri.endswith(".h5ad") else storage.join(uri, "expression.h5ad"))
-        with _local(uri) as path:
+        with storage.local_file(uri) as path:
             try:
                 with open(path, "rb") as raw:
                     digest = hashlib.file_digest(raw, "sha256").hexdigest()
@@ -198,21 +195,6 @@ class GeneratedExpression:
                 self._sparse[where] = sparse_dataset(stored)[:].tocsc()
             return self._sparse[where][:, genes].toarray().astype(np.float32)
         return np.asarray(stored[:, genes], np.float32)
-
-
-@contextmanager
-def _local(uri: str) -> Iterator[Path]:
-    """The path of an object on this machine; from afar it is copied to the temporary disk (TMPDIR) for the block."""
-    if storage.is_local(uri):
-        yield storage.local_path(uri)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, storage.name(uri))
-        size = storage.size(uri)
-        with open(path, "wb") as file:
-            for start in range(0, size, _PIECE):
-                file.write(storage.read_range(uri, start, min(_PIECE, size - start)))
-        yield path
 
 
 def _shape(stored: Any) -> tuple[int, ...]:

@@ -92,9 +92,9 @@ def _real(job: SemiReal) -> _Real:
     import anndata
     import pandas as pd
 
-    from cosmic_ray.cells.h5ad import local_file, require_column
+    from cosmic_ray.cells.h5ad import require_column
 
-    with local_file(storage.absolute(job.counts.uri)) as path:
+    with storage.local_file(storage.absolute(job.counts.uri)) as path:
         data = anndata.read_h5ad(path)
     for key in ("cell_type", "batch"):
         require_column(data.obs, getattr(job.counts, key), job.counts.uri, f"counts.{key}")

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from cosmic_ray import storage
+from cosmic_ray.cluster import stop_on_signal
 from cosmic_ray.errors import CosmicError
 from cosmic_ray.progress import Progress, progress, say
 from cosmic_ray.training import checkpoint, room
@@ -70,7 +70,7 @@ def train(
 
     wire, failures = make_wire(), 0
     with (
-        _stop_on_signal() as stop,
+        stop_on_signal("saving and stopping at the end of this step; once more to stop at once") as stop,
         closing(Crew(job.scaling, gpus_per_worker, stop)) as crew,
         progress("train", steps, "steps") as shown,
     ):
@@ -224,27 +224,6 @@ class _Follower:
         losses = [f"{name} {value:.4f}" for name, value in metrics.items() if name.endswith("loss")]
         self._note = ", ".join(losses) or self._note
         self._shown.update(step, self._note)
-
-
-@contextmanager
-def _stop_on_signal() -> Iterator[threading.Event]:
-    """Within, the first SIGINT sets the event and the second one raises KeyboardInterrupt; only in the main thread."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def asked(*_: object) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-        say("saving and stopping at the end of this step; once more to stop at once")
-
-    before = signal.signal(signal.SIGINT, asked)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _environment(scaling: Scaling) -> dict[str, str]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +16,6 @@ if TYPE_CHECKING:
     from cosmic_ray.stores.cells import CellStore
     from cosmic_ray.transcriptome.job import Obsm
 
-_PIECE = 64 * 2**20
 _SHOWN = 5
 
 
@@ -33,7 +30,7 @@ def read_obsm(source: Obsm, store: CellStore) -> tuple[np.ndarray, dict[str, Any
             cell, an id stands twice, a cell of the store is missing, or one of its numbers is not finite.
     """
     uri = storage.absolute(source.adata)
-    with _local(uri) as path:
+    with storage.local_file(uri) as path:
         ids, values = _read(uri, path, source)
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -78,21 +75,6 @@ def _read(uri: str, path: Path, source: Obsm) -> tuple[list[str], np.ndarray]:
         problem = f"{at} is {values.dtype} {values.shape}; expected numbers ({len(obs)}, D)"
         raise DataError(uri, problem, "one row of numbers a cell")
     return [str(one) for one in ids], values
-
-
-@contextmanager
-def _local(uri: str) -> Iterator[Path]:
-    """The path of an object on this machine; from afar it is copied to the temporary disk for the block."""
-    if storage.is_local(uri):
-        yield storage.local_path(uri)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, storage.name(uri))
-        size = storage.size(uri)
-        with open(path, "wb") as file:
-            for start in range(0, size, _PIECE):
-                file.write(storage.read_range(uri, start, min(_PIECE, size - start)))
-        yield path
 
 
 def _twice(ids: Sequence[str]) -> list[str]:

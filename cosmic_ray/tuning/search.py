@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import shutil
-import signal
 import tempfile
 import threading
 from collections import Counter
@@ -42,6 +41,7 @@ if TYPE_CHECKING:
 FORMAT, VERSION = "cosmic-ray/tune", 1
 DRIVER_CPUS = 0.05
 """Set aside for a trial's driver, which mostly waits; Ray Tune's trials cannot have nothing."""
+_STOPPING = "the running trials save and stop; once more to stop at once"
 _ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
@@ -82,7 +82,7 @@ def _search(job: Tune, output: Output, tracking: Tracked) -> None:
     for name in _NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
     folder = tempfile.mkdtemp(prefix="cosmic-ray-tune-")
-    with _environment(), _stop_on_signal() as stop, progress("tune", job.trials, "trials") as shown:
+    with _environment(), cluster.stop_on_signal(_STOPPING) as stop, progress("tune", job.trials, "trials") as shown:
         bell = Bell.remote()
         follower = _Follower(job, output, trials, tracking, shown, stop, bell)
         with_job = tune.with_parameters(TrialRun, bell=bell, metric=job.metric, environment=tracking.environment)
@@ -316,24 +316,3 @@ def _environment() -> Iterator[None]:
     finally:
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
-
-
-@contextmanager
-def _stop_on_signal() -> Iterator[threading.Event]:
-    """Within, the first SIGINT sets the event and the second one raises KeyboardInterrupt; only in the main thread."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def asked(*_: object) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-        say("the running trials save and stop; once more to stop at once")
-
-    before = signal.signal(signal.SIGINT, asked)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, before)
