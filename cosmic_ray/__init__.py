@@ -10,9 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cosmic_ray.registry.load import load_model
-    from cosmic_ray.stores.crops import CropStore
-
-    open_store = CropStore.open
+    from cosmic_ray.stores.cells import open_store
 
 __all__ = ["load_model", "open_store"]
 
@@ -22,5 +20,5 @@ def __getattr__(name: str) -> Any:
     if name == "load_model":
         return importlib.import_module("cosmic_ray.registry.load").load_model
     if name == "open_store":
-        return importlib.import_module("cosmic_ray.stores.crops").CropStore.open
+        return importlib.import_module("cosmic_ray.stores.cells").open_store
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

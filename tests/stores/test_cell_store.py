@@ -17,6 +17,7 @@ from making import MakeTestStore, make_store
 from making_cell_stores import cells_of, genes_of, table_of
 from scipy.sparse import csr_matrix
 
+import cosmic_ray
 from cosmic_ray import cli, output, storage
 from cosmic_ray.errors import DataError
 from cosmic_ray.output import claim
@@ -114,6 +115,12 @@ def test_cells_and_crops_by_row(cell_store):
     assert made.uns["cosmic_ray"]["content_hash"] == store.content_hash and made.uns["cosmic_ray"]["simulated"]
     assert pickle.loads(pickle.dumps(store)).content_hash == store.content_hash and len(pickle.dumps(store)) < 500
     assert isinstance(open_store(store.uri), CellStore) and isinstance(open_store(store.crops.uri), CropStore)
+
+
+def test_a_notebook_opens_either(cell_store: Callable[..., CellStore]) -> None:
+    cells = cell_store()
+    assert isinstance(cosmic_ray.open_store(cells.uri), CellStore)
+    assert isinstance(cosmic_ray.open_store(cells.crops.uri), CropStore)
 
 
 def test_one_kind_of_store_is_not_the_other(cell_store):
