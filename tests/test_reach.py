@@ -55,7 +55,7 @@ def test_uris_are_found_in_sections_mappings_and_steps():
         ({"split": "file://runs/split"}, r"^split = .*give /\S*/runs/split if"),
         ({"out": "~/fm"}, r"^out = '~/fm': .*give /"),
         ({"tracking": {"uri": "sqlite:///mlflow.db"}}, r"^tracking\.uri = .*give sqlite:////\S*/mlflow.db if"),
-        ({"crops": "a", "split": "b"}, r"crops = 'a'.*\n?.*split = 'b'"),
+        ({"crops": "a", "split": "b"}, r"split = 'b'.*\n?.*crops = 'a'"),
     ],
 )
 def test_relative_paths_are_refused(changes, refused):
