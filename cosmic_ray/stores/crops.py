@@ -165,7 +165,7 @@ class CropStore:
             return
         try:
             yield from decoded(memoryview(data), found, column.compression, nbytes)
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, ValueError, OSError) as error:
             raise _damaged(group, f"does not decode: {error}") from None
 
     def _decoded(self, group: RowGroup, data: Buffer, footer: pq.FileMetaData, columns: list[str]) -> pa.Table:
