@@ -13,7 +13,7 @@ import pytest
 from cosmic_ray import jobs
 from cosmic_ray.describe import keys
 
-JOBS = sorted((Path(__file__).parents[1] / "jobs").glob("*.yaml"))
+JOBS = sorted((Path(__file__).parents[1] / "jobs").rglob("*.yaml"))
 
 
 def cosmic_ray(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -55,7 +55,7 @@ def test_every_key_of_every_kind_says_what_it_means(kind):
     assert [key.path for key in keys(job) if not key.meaning] == []
 
 
-@pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", JOBS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_shipped_job_file_is_valid(path):
     assert jobs.load(str(path)).resolved()["kind"] in jobs.KINDS
 

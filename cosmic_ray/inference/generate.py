@@ -35,7 +35,7 @@ class Expression(Config):
     samples: int = Field(16, ge=1)
     """Draws for each crop."""
 
-    level: float = Field(0.9, gt=0, lt=1)
+    level: float = Field(0.9, gt=0, le=0.99)
     """Probability with which a gene's value lies between the layers `lower` and `upper`."""
 
     keep_samples: bool = False

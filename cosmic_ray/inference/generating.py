@@ -139,6 +139,9 @@ def _require_fit(job: Generate, found: Inputs, models: dict[str, StoredModel]) -
             problem = f"latents of width {latents.width} of model {_short(given)}; {job.seq2img} was trained with "
             problem += f"width {wanted.width} of model {_short(wanted.model)}"
             raise JobError("latents", job.latents, problem, "give those of the encoder that its lineage names")
+        if models["seq2img"].config.condition_drop == 0 and job.images.guidance not in (None, 0.0, 1.0):
+            problem = f"{job.seq2img} was never trained without latents, which guidance needs"
+            raise JobError("images.guidance", job.images.guidance, problem, "give 1")
     if job.img2seq:
         digest, wanted = models["fm"].config.digest, models["img2seq"].config.features.model
         if digest != wanted:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cosmic_ray.config import Config, Uri
 from cosmic_ray.training.base import TrainingJob
@@ -91,6 +91,12 @@ class TrainSeq2Img(TrainingJob):
 
     tracking: Seq2ImgTracking | None = Seq2ImgTracking()
     """MLflow; null does without."""
+
+    @model_validator(mode="after")
+    def _guidable(self) -> TrainSeq2Img:
+        if self.model.condition_drop == 0 and self.sampling.guidance not in (0.0, 1.0):
+            raise ValueError("guidance leans on training without latents: give model.condition_drop, or guidance 1")
+        return self
 
     def stage(self) -> Seq2ImgStage:
         """See `TrainingJob`."""

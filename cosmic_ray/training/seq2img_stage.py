@@ -44,11 +44,13 @@ class Seq2ImgStage(CellStage):
         """The network and its diffusion, for these crops and latents.
 
         Raises:
-            JobError: for crops that the network cannot take.
+            JobError: for crops or latents that the network cannot take.
         """
         from cosmic_ray.models.seq2img import Seq2ImgConfig
 
         job, (channels, height, width) = self.job, self.store.spec.shape
+        if len(self.embeddings.shape) > 1:
+            raise JobError("latents", job.latents, "these are tokens, several vectors a cell", "give one vector a cell")
         options: dict[str, Any] = {}
         if job.recipe == "better":
             options["channels"] = channels

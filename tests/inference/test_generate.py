@@ -202,6 +202,14 @@ def test_another_encoder_or_another_fm_is_refused(made, tmp_path: Path) -> None:
         predicting(made, str(tmp_path / "b"), fm=made["fm-other"]).run()
 
 
+def test_guidance_of_a_model_that_cannot_be_guided_is_refused(made, tmp_path: Path) -> None:
+    sampling = {"sampler": "unipc", "steps": 2, "guidance": 1.0}
+    export_seq2img(str(tmp_path / "plain"), condition_drop=0.0, sampling=sampling)
+    job = drawing(made, str(tmp_path / "out"), seq2img=str(tmp_path / "plain"), images={"guidance": 2.0})
+    with pytest.raises(JobError, match=r"images.guidance = 2.0: .*never trained without latents"):
+        job.run()
+
+
 @pytest.mark.slow
 def test_a_continued_run_refuses_other_inputs(made, ray_local, tmp_path: Path) -> None:
     model = str(tmp_path / "seq2img")

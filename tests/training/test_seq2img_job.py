@@ -62,6 +62,19 @@ def test_what_does_not_fit_is_refused_before_anything_starts(cells: Cells, chang
         job.check()
 
 
+def test_guidance_without_anything_to_lean_on_is_refused() -> None:
+    """At the door, not after the training."""
+    with pytest.raises(ValueError, match="guidance leans on training without latents"):
+        TrainSeq2Img(**FILES, model={"condition_drop": 0.0})
+    assert TrainSeq2Img(**FILES, model={"condition_drop": 0.0}, sampling={"guidance": 1.0})
+
+
+def test_tokens_are_no_latents(cells: Cells) -> None:
+    tokens = cells.embed("tokens", np.zeros((len(cells.store), 3, 4), np.float16))
+    with pytest.raises(JobError, match=r"latents = .*these are tokens"):
+        cells.seq2img().model_copy(update={"latents": tokens}).check()
+
+
 def test_latents_of_other_cells_are_refused(cells: Cells, tmp_path) -> None:
     other = Cells.make(str(tmp_path), rows=60, genes=5)
     with pytest.raises(JobError, match=r"latents = .*made of another store"):
